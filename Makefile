@@ -1,0 +1,45 @@
+# Each target does its own set-up: a virtual environment in .venv, made once and refreshed when the
+# metadata or the extension's sources change. Tests marked slow run with `make test TESTS=`.
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= -m "not slow"
+OUT ?= demo-out
+
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt dinov2_fast/__init__.py \
+               $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+BIN := $(VENV)/bin
+
+.PHONY: build format check test bench clean demo
+
+build: $(VENV)/installed-dev
+
+$(VENV)/installed-%: $(BUILD_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(TESTS)
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+demo: $(VENV)/installed-demo
+	$(BIN)/dinov2-fast demo --out $(OUT)
+
+clean:
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -f dinov2_fast/_native*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +

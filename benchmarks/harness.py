@@ -1,0 +1,177 @@
+"""What every benchmark row holds, and how one is measured.
+
+Run with `pytest benchmarks --benchmark-only`. A row states op, backend, dtype, shape and mode, the
+time's quartiles, achieved bandwidth or arithmetic and its share of what this machine reaches, peak
+memory, hardware, driver, versions and commit.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast.backends import availability
+
+ROOT = Path(__file__).parent.parent
+WARMUP_ROUNDS = 5
+ROUNDS = 50
+FLUSH_BYTES = 256 * 2**20  # more than the last cache of any device
+
+# Rows on the CPU run on one thread and count its own time: a busy machine's scheduler takes slices
+# of several ms, many times what is measured. Rows on a GPU count elapsed time.
+CPU_ROW = pytest.mark.benchmark(timer=time.thread_time)
+GPU_ROW = pytest.mark.benchmark(timer=time.perf_counter)
+
+
+def skip_unless_available(op: str, backend: str, device: str) -> None:
+    """Skip a row, with the reason, when this machine cannot compute it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    reason = availability(op, device)[backend]
+    if reason:
+        pytest.skip(f"{op}: {backend} on {device}: {reason}")
+
+
+def measure(
+    benchmark: Any,
+    run: Callable[[], object],
+    *,
+    op: str,
+    backend: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    mode: str,
+    device: str,
+    num_bytes: int,
+    num_flops: int = 0,
+) -> None:
+    """Time a function with cold caches and one CPU thread, and complete the row.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        run: the work; its result is dropped.
+        op: stem of the op.
+        backend: what is measured: a backend, or "compiled reference".
+        dtype: float type of the main input.
+        shape: of the main input.
+        mode: "forward" or "forward+backward".
+        device: "cpu" or "cuda".
+        num_bytes: bytes the op must move: every input and output once.
+        num_flops: useful operations; 0 for ops bound by memory.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scratch = torch.empty(FLUSH_BYTES // 4, device=device)
+
+    def set_up() -> None:
+        scratch.zero_()  # L2 and L3 hold nothing of the last round
+        _synchronize(device)
+
+    def timed() -> None:
+        run()
+        _synchronize(device)
+
+    try:
+        _reset_peak(device)
+        benchmark.pedantic(timed, setup=set_up, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+        peak_mib = _peak_mib(device)
+        reachable = copy_bandwidth_gb_s(device)
+    finally:
+        torch.set_num_threads(threads)
+    stats = benchmark.stats.stats
+    seconds = stats.median
+    benchmark.group = f"{op} {mode} {device} {str(dtype).removeprefix('torch.')} {shape}"
+    benchmark.extra_info.update(
+        op=op,
+        backend=backend,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=list(shape),
+        mode=mode,
+        device=device,
+        median_us=seconds * 1e6,
+        quartiles_us=[stats.q1 * 1e6, stats.q3 * 1e6],
+        bytes=num_bytes,
+        gb_s=num_bytes / seconds / 1e9,
+        share_of_copy_bandwidth=num_bytes / seconds / 1e9 / reachable,
+        flops=num_flops,
+        tflop_s=num_flops / seconds / 1e12,
+        peak_mib=peak_mib,
+        warmup_rounds=WARMUP_ROUNDS,
+        caches="flushed",
+        clock="elapsed" if device == "cuda" else "thread",
+        **hardware(device),
+    )
+
+
+@functools.cache
+def copy_bandwidth_gb_s(device: str) -> float:
+    """Bytes read plus bytes written per second by a large copy: the roof of memory-bound ops."""
+    source = torch.ones(FLUSH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    times: list[float] = []
+    for _ in range(10):
+        _synchronize(device)
+        begin = clock()
+        target.copy_(source)
+        _synchronize(device)
+        times.append(clock() - begin)
+    return 2 * FLUSH_BYTES / statistics.median(times) / 1e9
+
+
+@functools.cache
+def hardware(device: str) -> dict[str, str]:
+    """Names and versions that a figure means nothing without."""
+    cpu = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
+    commit = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "driver": driver.splitlines()[0] if driver else "none",
+        "threads": "1",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "commit": commit or "unknown",
+    }
+
+
+def gradient_of(run: Callable[[Tensor], Tensor], x: Tensor, incoming: Tensor) -> Tensor:
+    """One forward and backward pass of a function of one tensor."""
+    (gradient,) = torch.autograd.grad(run(x), x, incoming)
+    return gradient
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_mib(device: str) -> float:
+    """Peak memory: of torch's allocator on a GPU, of the whole process so far on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _output(*command: str) -> str:
+    """What a command prints; empty when it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,27 @@
+// Refusals: a false condition becomes Python's ValueError, worded as in the rest of the project.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace dinov2_fast {
+
+// Safe without the GIL: the exception is translated after the call guard has taken it back.
+inline void require(bool condition, const char* op, const std::string& message) {
+  if (!condition)
+    throw pybind11::value_error(std::string(op) + ": " + message);
+}
+
+// A matrix argument given as pointer, row stride and width, all counted in elements.
+inline void require_matrix(const char* op, const char* name, const void* pointer, int64_t rows,
+                           int64_t width, int64_t row_stride, bool written) {
+  if (rows == 0 || width == 0)
+    return;
+  require(pointer != nullptr, op, std::string(name) + " must not be a null pointer");
+  require(row_stride >= (written && rows > 1 ? width : 0), op,
+          std::string(name) + ": expected a row stride of at least " +
+              std::to_string(written ? width : 0) + " elements, got " + std::to_string(row_stride));
+}
+
+} // namespace dinov2_fast

@@ -1,0 +1,32 @@
+// Makes a device current for a scope and puts the caller's back.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace dinov2_fast {
+
+class DeviceGuard {
+public:
+  explicit DeviceGuard(int device) {
+    status_ = cudaGetDevice(&before_);
+    if (status_ == cudaSuccess && before_ != device) {
+      status_ = cudaSetDevice(device);
+      changed_ = status_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_)
+      cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t status() const { return status_; }
+
+private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t status_ = cudaSuccess;
+};
+
+} // namespace dinov2_fast

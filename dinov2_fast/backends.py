@@ -1,0 +1,185 @@
+"""Which backend computes an op: the preference table, the overrides and the reasons it gives.
+
+Order of precedence: the `backend=` argument, `use_backend`, DINOV2_FAST_BACKEND, then `PREFERENCE`.
+An explicit choice never falls back; the table falls back and says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dinov2_fast import environment, native
+from dinov2_fast.errors import BackendUnavailable
+
+BACKENDS = ("reference", "native", "triton")
+
+_REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
+
+# Op -> device type -> implemented backends, best first. Other device types take the reference.
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": _REFERENCE_ONLY,
+    "stochastic_depth": _REFERENCE_ONLY,
+    "layer_norm": _REFERENCE_ONLY,
+    # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
+    "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
+    "sinkhorn": _REFERENCE_ONLY,
+    "cross_entropy": _REFERENCE_ONLY,
+    "koleo": _REFERENCE_ONLY,
+    "optimizer": _REFERENCE_ONLY,
+}
+
+# Float types a kernel takes: (op, backend, device type). The reference takes every float type.
+DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
+    ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+}
+
+_logger = logging.getLogger("dinov2_fast")
+# What `use_backend` asks for. A plain global: torch.compile guards on it and traces again.
+_forced: str | None = None
+
+
+@contextmanager
+def use_backend(name: str | None) -> Generator[None, None, None]:
+    """Compute every op inside the block that is not given a backend with this one.
+
+    The choice is the process's, not the thread's. A compiled function is traced again for it.
+
+    Args:
+        name: one of `BACKENDS`; None returns to the environment and the preference table.
+    """
+    global _forced
+    _check_name("use_backend", name)
+    before = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose_backend(
+    op: str, tensor: Tensor, backend: str | None, *, refusals: Mapping[str, str] | None = None
+) -> str:
+    """The backend that computes an op on a tensor; torch.compile folds it into a constant.
+
+    Args:
+        op: stem of the op, a key of `PREFERENCE`.
+        tensor: the op's main input; its device and dtype decide what is possible.
+        backend: explicit choice, or None.
+        refusals: backend -> why this call's other arguments rule it out (a stride, a head size).
+    Returns:
+        A name of `BACKENDS`.
+    Raises:
+        ValueError: the explicit name is not a backend.
+        BackendUnavailable: the explicit choice cannot compute this call.
+    """
+    reasons = () if refusals is None else tuple(refusals.items())
+    requested = _forced if backend is None else backend
+    return _chosen(op, tensor.device.type, tensor.dtype, requested, reasons)
+
+
+def availability(op: str, device_type: str) -> dict[str, str]:
+    """Backend -> "" when it can compute the op on this device type here, else why not."""
+    return {name: _why_not(op, name, device_type) for name in BACKENDS}
+
+
+def _chosen(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    requested: str | None,
+    refusals: tuple[tuple[str, str], ...],
+) -> str:
+    """`choose_backend` on plain values."""
+    refused = dict(refusals)
+    explicit = requested if requested is not None else environment.backend()
+    if explicit is not None:
+        _check_name(op, explicit)
+        reason = _why_not_this_call(op, explicit, device_type, dtype, refused)
+        if reason:
+            usable = [
+                name
+                for name in BACKENDS
+                if not _why_not_this_call(op, name, device_type, dtype, refused)
+            ]
+            raise BackendUnavailable(
+                f"{op}: backend {explicit!r} cannot compute this on {device_type}: {reason}; "
+                f"available: {', '.join(usable)}"
+            )
+        return explicit
+    if op in environment.disabled_kernels():
+        return "reference"
+    order = PREFERENCE[op].get(device_type, ("reference",))
+    for name in order:
+        reason = _why_not_this_call(op, name, device_type, dtype, refused)
+        if not reason:
+            return name
+        _log_fallback(op, name, device_type, reason)
+    return "reference"
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.5 s).
+_chosen._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _why_not_this_call(
+    op: str, name: str, device_type: str, dtype: torch.dtype, refused: Mapping[str, str]
+) -> str:
+    """Why a backend cannot compute an op for this device, dtype and set of arguments, or ""."""
+    if name == "reference":
+        return ""
+    reason = _why_not(op, name, device_type)
+    if reason:
+        return reason
+    dtypes = DTYPES.get((op, name, device_type), ())
+    if dtype not in dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"it takes {known}, got {str(dtype).removeprefix('torch.')}"
+    return refused.get(name, "")
+
+
+@functools.cache
+def _why_not(op: str, name: str, device_type: str) -> str:
+    """Why a backend cannot compute an op on a device type in this process, or ""."""
+    if op not in PREFERENCE:
+        raise ValueError(f"backends: expected an op of {', '.join(PREFERENCE)}, got {op!r}")
+    if name == "reference":
+        return ""
+    if name not in PREFERENCE[op].get(device_type, ()):
+        return f"{op} has no {name} kernel for {device_type}"
+    if name == "native":
+        return native.why_not_for(op, device_type)
+    return _why_not_triton(op)
+
+
+def _why_not_triton(op: str) -> str:
+    """Why Triton cannot compute an op in this process, or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec(f"dinov2_fast.kernels.{op}") is None:
+        return f"there is no kernels/{op}.py"
+    return ""
+
+
+@functools.cache
+def _log_fallback(op: str, name: str, device_type: str, reason: str) -> None:
+    """Say once per op, backend and reason that a preferred backend was passed over."""
+    _logger.info("%s: backend '%s' not used on %s: %s", op, name, device_type, reason)
+
+
+def _check_name(where: str, name: str | None) -> None:
+    """Refuse a name that is not a backend."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"{where}: backend must be one of {', '.join(BACKENDS)} or None, got {name!r}"
+        )

@@ -1,0 +1,308 @@
+"""Training batches by step: the same ones for any number of workers and after any restart."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dinov2_fast.config import CropConfig, DataConfig, MaskConfig
+from dinov2_fast.data.batch_builder import BatchBuilder, Failure
+from dinov2_fast.data.collate import Batch
+from dinov2_fast.data.image_source import ImageSource
+from dinov2_fast.data.quarantine import Quarantine
+from dinov2_fast.errors import DataError
+
+_POLL_S = 5
+"""A dead worker is noticed within this time."""
+_MAX_REBUILDS = 3
+_REBUILD_WINDOW_S = 3600.0
+
+
+def default_num_workers(local_world_size: int = 1) -> int:
+    """Loader processes for `num_workers = -1`: one per usable core, less one for training.
+
+    Args:
+        local_world_size: training processes on this machine, among which its cores are divided.
+
+    Returns:
+        0 on a single core, at most 16. Usable are the cores of the process's affinity mask.
+    """
+    return max(0, min(16, len(os.sched_getaffinity(0)) // local_world_size - 1))
+
+
+def start_fork_server() -> None:
+    """Starts the process that workers are forked from, without waiting for its imports.
+
+    Called early, these run beside whatever else a program has to prepare; later calls do nothing.
+    """
+    forkserver.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+
+
+class _Steps(Sampler[int]):
+    """Steps from one on, up to another or for ever."""
+
+    def __init__(self, start: int, stop: int | None) -> None:
+        self._start = start
+        self._stop = stop
+
+    def __iter__(self) -> Iterator[int]:
+        step = self._start
+        while self._stop is None or step < self._stop:
+            yield step
+            step += 1
+
+
+def _start_worker(worker: int) -> None:
+    """Leaves Ctrl-C to the training process, which finishes its step first."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class _Watchdog(threading.Thread):
+    """Kills the workers when a batch takes too long.
+
+    Waiting with a timeout is not enough: a frozen worker that has announced a batch but does not
+    hand over its memory blocks the training process inside of the transfer, until it dies.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(name="loader-watchdog", daemon=True)
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._deadline = math.inf
+        self._workers: list[BaseProcess] = []
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Looks at the clock until stopped."""
+        while not self._stopped.wait(_POLL_S / 5):
+            with self._lock:
+                if time.monotonic() > self._deadline:
+                    for worker in self._workers:
+                        worker.kill()
+                    self._deadline = math.inf
+
+    @contextlib.contextmanager
+    def watching(self, workers: list[BaseProcess]) -> Iterator[None]:
+        """The block kills the workers if it is not left in time."""
+        with self._lock:
+            self._workers, self._deadline = workers, time.monotonic() + self._timeout_s
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._workers, self._deadline = [], math.inf
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+
+
+class TrainingLoader:
+    """Iterates over the batches of one rank, from `start_step` on.
+
+    A batch is a function of (data, configuration, seed, step, rank, world size) alone. Every worker
+    builds whole batches with one thread. Workers come from a fork server, a process that has
+    imported this project and does nothing else: forking it is safe whatever threads the training
+    process runs. When a worker dies, or no batch comes for `timeout_s`, all workers are replaced at
+    the same step, at most three times an hour. JPEGs so large that every crop would shrink more
+    than fourfold are decoded at 1/2, 1/4 or 1/8.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        crops: CropConfig,
+        masks: MaskConfig,
+        patch_size: int,
+        seed: int,
+        batch_size: int,
+        data: DataConfig | None = None,
+        recipe: str = "official",
+        rank: int = 0,
+        world_size: int = 1,
+        local_world_size: int | None = None,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        quarantine_path: Path | None = None,
+        pin_memory: bool = False,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """Prepares; workers start with the first batch.
+
+        Args:
+            source: the images.
+            crops: multi-crop augmentation.
+            masks: masks of the global crops.
+            patch_size: side of a patch in pixels; crop sizes must be multiples of it.
+            seed: of the run.
+            batch_size: B, images per rank and step.
+            data: workers, size limit and bad-image budget.
+            recipe: "official" or "paper".
+            rank: of this process.
+            world_size: ranks in all.
+            local_world_size: ranks on this machine, which share its cores; `world_size` if `None`.
+            start_step: first step to give.
+            stop_step: step to end before; `None` goes on for ever.
+            quarantine_path: where unreadable images are listed.
+            pin_memory: put batches into page-locked memory.
+            timeout_s: seconds without a batch after which the workers count as hung.
+        """
+        data = data or DataConfig()
+        self._builder = BatchBuilder(
+            source,
+            crops=crops,
+            masks=masks,
+            patch_size=patch_size,
+            recipe=recipe,
+            seed=seed,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            max_pixels=data.max_pixels,
+        )
+        self.quarantine = Quarantine(
+            quarantine_path,
+            num_images=len(source),
+            max_bad_ratio=data.max_bad_ratio,
+            rank=rank,
+        )
+        self.num_workers = (
+            default_num_workers(local_world_size or world_size)
+            if data.num_workers < 0
+            else data.num_workers
+        )
+        self.next_step = start_step
+        """Step of the batch that comes next."""
+        self.wait_s = 0.0
+        """Seconds spent waiting for batches in all; without workers, building them."""
+        self._stop_step = stop_step
+        self._batch_size = batch_size
+        self._prefetch_batches = data.prefetch_batches
+        self._pin_memory = pin_memory
+        self._timeout_s = timeout_s
+        self._batches = None
+        self._watchdog: _Watchdog | None = None
+        self._rebuilt_at: list[float] = []
+        if self.num_workers:
+            start_fork_server()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from `next_step` on; a new iteration goes on where the last one stopped.
+
+        Raises:
+            DataError: too many unreadable images.
+            RuntimeError: workers keep dying, or a bug in building a batch.
+        """
+        while self._stop_step is None or self.next_step < self._stop_step:
+            started = time.perf_counter()
+            batch = self._next_batch()
+            self.wait_s += time.perf_counter() - started
+            self.next_step += 1
+            self.quarantine.add(
+                batch.unreadable,
+                step=batch.step,
+                drawn=self.next_step * self._batch_size,
+            )
+            yield batch
+
+    def close(self) -> None:
+        """Ends the workers; a later iteration starts new ones."""
+        self._batches = None
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+
+    def __del__(self) -> None:
+        """Ends the watchdog of a loader that was not closed."""
+        watchdog = getattr(self, "_watchdog", None)
+        if watchdog is not None:
+            watchdog.stop()
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        """Guards the wait for a batch of workers."""
+        if self.num_workers == 0:
+            return contextlib.nullcontext()
+        if self._watchdog is None:
+            self._watchdog = _Watchdog(self._timeout_s)
+            self._watchdog.start()
+        return self._watchdog.watching(self._workers())
+
+    def _next_batch(self) -> Batch:
+        while True:
+            try:
+                if self._batches is None:
+                    self._batches = iter(self._new_loader())
+                with self._watched():
+                    batch = next(self._batches)
+            # The builder returns its failures, so what is raised here comes from the machinery: a
+            # dead worker, a broken pipe or, with all workers alive, the end of a poll interval.
+            except (RuntimeError, OSError, EOFError) as error:
+                if self.num_workers == 0:
+                    raise
+                workers = self._workers()
+                if not workers or not all(worker.is_alive() for worker in workers):
+                    self._replace_workers(error)
+                continue
+            if not isinstance(batch, Failure):
+                return batch
+            self.close()
+            if batch.is_data_error:
+                raise DataError(batch.message)
+            raise RuntimeError(f"TrainingLoader: building a batch failed\n{batch.message}")
+
+    def _new_loader(self) -> DataLoader:
+        settings = {}
+        if self.num_workers:
+            settings = {
+                "num_workers": self.num_workers,
+                "prefetch_factor": self._prefetch_batches,
+                "multiprocessing_context": "forkserver",
+                "timeout": _POLL_S,
+                "worker_init_fn": _start_worker,
+            }
+        return DataLoader(
+            self._builder,
+            batch_size=None,
+            sampler=_Steps(self.next_step, self._stop_step),
+            collate_fn=_as_is,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # else it would advance the global one
+            **settings,
+        )
+
+    def _workers(self) -> list[BaseProcess]:
+        return list(getattr(self._batches, "_workers", ()))
+
+    def _replace_workers(self, error: Exception) -> None:
+        """Kills all workers, so that the next attempt starts new ones at the same step."""
+        now = time.monotonic()
+        self._rebuilt_at = [at for at in self._rebuilt_at if now - at < _REBUILD_WINDOW_S]
+        for worker in self._workers():
+            worker.kill()  # a frozen one would not follow a polite request
+        self._batches = None
+        if len(self._rebuilt_at) >= _MAX_REBUILDS:
+            raise RuntimeError(
+                f"TrainingLoader: workers died or hung {_MAX_REBUILDS + 1} times within an hour, "
+                f"last at step {self.next_step}: {error}; the machine may be out of memory or of "
+                "shared memory (/dev/shm): use fewer workers, --data.num-workers"
+            ) from error
+        self._rebuilt_at.append(now)

@@ -1,0 +1,115 @@
+"""Every DINOV2_FAST_* environment variable: its meaning, its default and its only reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dinov2_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable; `choices` empty means free text."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    meaning: str
+    read_by: str
+
+
+BACKEND = Variable(
+    "DINOV2_FAST_BACKEND",
+    "auto",
+    ("auto", "reference", "native", "triton"),
+    "backend of every op that is not given one; auto takes the preference table",
+    "ops",
+)
+DISABLE_KERNELS = Variable(
+    "DINOV2_FAST_DISABLE_KERNELS",
+    "",
+    (),
+    "comma-separated ops that automatic choice computes with the reference",
+    "ops",
+)
+CPU_LEVEL = Variable(
+    "DINOV2_FAST_CPU_LEVEL",
+    "auto",
+    ("auto", "baseline", "avx2", "avx512"),
+    "instruction set of the native CPU kernels; auto takes the widest this processor has",
+    "ops",
+)
+BUILD = Variable(
+    "DINOV2_FAST_BUILD",
+    "auto",
+    ("auto", "cpu", "cuda"),
+    "what the extension is built with; auto means CUDA where nvcc is found",
+    "build",
+)
+CUDA_ARCHS = Variable(
+    "DINOV2_FAST_CUDA_ARCHS",
+    "80;90",
+    (),
+    "compute capabilities the extension is built for, as in 80;90a",
+    "build",
+)
+VARIABLES = (BACKEND, DISABLE_KERNELS, CPU_LEVEL, BUILD, CUDA_ARCHS)
+
+
+def value(variable: Variable) -> str:
+    """The variable's value now, checked against its choices; empty counts as unset.
+
+    Raises:
+        ConfigError: the environment holds a value that is not among the choices.
+    """
+    text = os.environ.get(variable.name) or variable.default
+    if variable.choices and text not in variable.choices:
+        raise ConfigError(
+            f"{variable.name}: expected one of {', '.join(variable.choices)}, got {text!r}; "
+            f"unset it for {variable.default!r}"
+        )
+    return text
+
+
+def backend() -> str | None:
+    """Backend that the environment asks for; None leaves the choice to the preference table."""
+    text = value(BACKEND)
+    return None if text == "auto" else text
+
+
+def disabled_kernels() -> frozenset[str]:
+    """Ops that automatic choice must compute with the reference."""
+    return frozenset(name.strip() for name in value(DISABLE_KERNELS).split(",") if name.strip())
+
+
+def cpu_level() -> str:
+    """Instruction set for the native CPU kernels: auto, baseline, avx2 or avx512."""
+    return value(CPU_LEVEL)
+
+
+def unknown_variables() -> list[str]:
+    """DINOV2_FAST_* names in the environment that nothing reads: most likely misspelt."""
+    known = {variable.name for variable in VARIABLES}
+    return sorted(n for n in os.environ if n.startswith("DINOV2_FAST_") and n not in known)
+
+
+def describe(read: Callable[[Variable], str] = value) -> list[dict[str, str]]:
+    """One row per variable for reports: name, value, default, meaning and who reads it."""
+    rows: list[dict[str, str]] = []
+    for variable in VARIABLES:
+        try:
+            text = read(variable)
+        except ConfigError as error:
+            text = f"invalid ({error})"
+        rows.append(
+            {
+                "name": variable.name,
+                "value": text,
+                "default": variable.default,
+                "meaning": variable.meaning,
+                "read_by": variable.read_by,
+            }
+        )
+    return rows

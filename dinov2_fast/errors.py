@@ -1,0 +1,43 @@
+"""Errors a user can cause or must act on; each carries the exit code of the command line."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A message for the user, shown without a traceback; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """Wrong command line or configuration."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """No images found, or more broken ones than the budget allows."""
+
+    exit_code = 3
+
+
+class NumericsError(UserError):
+    """Non-finite loss or gradients beyond the budget."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weight file is missing, damaged or does not fit the model."""
+
+    exit_code = 5
+
+
+class OutputError(UserError):
+    """The output directory cannot be written, is full, or is in use by another run."""
+
+    exit_code = 7
+
+
+class BackendUnavailable(UserError):
+    """An explicitly chosen backend cannot run this op here; the message says why and what can."""

@@ -1,0 +1,1 @@
+"""Evaluation of frozen features: one file for each protocol."""

@@ -1,0 +1,25 @@
+"""Layers with official DINOv2's parameter names; all arithmetic is in `dinov2_fast.ops`."""
+
+from __future__ import annotations
+
+from dinov2_fast.nn.attention import Attention
+from dinov2_fast.nn.block import Block
+from dinov2_fast.nn.head import DINOHead, Prototypes
+from dinov2_fast.nn.layer_norm import LayerNorm
+from dinov2_fast.nn.layer_scale import LayerScale
+from dinov2_fast.nn.mlp import Mlp
+from dinov2_fast.nn.patch_embed import PatchEmbed
+from dinov2_fast.nn.swiglu import SwiGLUFFN, SwiGLUFFNFused
+
+__all__ = [
+    "Attention",
+    "Block",
+    "DINOHead",
+    "LayerNorm",
+    "LayerScale",
+    "Mlp",
+    "PatchEmbed",
+    "Prototypes",
+    "SwiGLUFFN",
+    "SwiGLUFFNFused",
+]

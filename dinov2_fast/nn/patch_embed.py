@@ -1,0 +1,58 @@
+"""Images to patch tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into square patches and map each to a vector.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        in_channels: channels of the image.
+        embed_dim: C, channels of a token.
+    """
+
+    def __init__(self, *, patch_size: int = 14, in_channels: int = 3, embed_dim: int = 768) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image.
+
+        Args:
+            height: pixels.
+            width: pixels.
+        Returns:
+            Patches along the height and along the width.
+        Raises:
+            ValueError: a side is not a positive multiple of the patch size.
+        """
+        p = self.patch_size
+        if height % p or width % p or height < p or width < p:
+            fitting = " x ".join(str(max(p, (side + p // 2) // p * p)) for side in (height, width))
+            raise ValueError(
+                f"patch_embed: expected height and width to be multiples of the patch size {p}, "
+                f"got {height} x {width}; resize or pad to {fitting}"
+            )
+        return height // p, width // p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed images x [B, in_channels, H, W].
+
+        Args:
+            x: [B, in_channels, H, W], H and W multiples of the patch size.
+        Returns:
+            [B, N, C], patches in row-major order.
+        Raises:
+            ValueError: not such a batch of images.
+        """
+        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"patch_embed: expected images [B, {self.proj.in_channels}, H, W], "
+                f"got {tuple(x.shape)}"
+            )
+        self.grid_of(x.shape[2], x.shape[3])
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, N, C]

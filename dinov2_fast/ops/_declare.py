@@ -1,0 +1,90 @@
+"""Registers ops with torch so that compile, export, FSDP and autograd treat them as built in.
+
+`Library.define` and `impl` cost a quarter of `custom_op` per call, which counts when a step makes
+hundreds of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dinov2_fast.errors import BackendUnavailable
+
+Kernel = Callable[..., Any]
+
+# Any: torch.library is annotated in parts only.
+_library: Any = torch.library
+_LIBRARY = _library.Library("dinov2_fast", "FRAGMENT")
+
+
+def declare(
+    schema: str,
+    *,
+    kernels: Mapping[tuple[str, str], Kernel],
+    fake: Kernel,
+    setup_context: Kernel | None = None,
+    backward: Kernel | None = None,
+) -> Any:
+    """Register `torch.ops.dinov2_fast.<name>` and return the callable overload.
+
+    Args:
+        schema: in torch's notation without the namespace; the last argument is `str backend`, so
+            that a traced graph holds the choice as a constant.
+        kernels: (backend, device type) -> function taking the arguments before `backend`.
+        fake: the same arguments -> outputs with the right shapes, strides and dtypes, uncomputed.
+        setup_context: (ctx, inputs, output), keeps what `backward` needs.
+        backward: (ctx, *output gradients) -> one gradient or None for each argument of the schema.
+            An op without one refuses to be differentiated.
+    Returns:
+        The op; call it with every argument of the schema.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema)
+    for device_type in dict.fromkeys(device for _, device in kernels):
+        table = {
+            backend: run for (backend, device), run in kernels.items() if device == device_type
+        }
+        _LIBRARY.impl(name, _dispatcher(name, device_type, table), device_type.upper())
+    qualified = f"dinov2_fast::{name}"
+
+    def without_backend(*arguments: Any) -> Any:
+        return fake(*arguments[:-1])
+
+    _library.register_fake(qualified, without_backend, lib=_LIBRARY)
+    _library.register_autograd(
+        qualified,
+        backward if backward is not None else _refusal(name),
+        setup_context=setup_context,
+        lib=_LIBRARY,
+    )
+    return getattr(torch.ops.dinov2_fast, name).default
+
+
+def _dispatcher(name: str, device_type: str, table: Mapping[str, Kernel]) -> Kernel:
+    """The function torch calls on one device type: takes the backend off and runs its kernel."""
+
+    def run(*arguments: Any) -> Any:
+        kernel = table.get(arguments[-1])
+        if kernel is None:
+            raise BackendUnavailable(
+                f"{name}: expected a backend of {', '.join(table)} on {device_type}, "
+                f"got {arguments[-1]!r}"
+            )
+        return kernel(*arguments[:-1])
+
+    return run
+
+
+def _refusal(name: str) -> Kernel:
+    """A backward that says how to get a derivative the op does not have."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: this op has no derivative; "
+            "backend='reference' can be differentiated any number of times"
+        )
+
+    return backward

@@ -1,0 +1,169 @@
+"""Cross-entropy between soft targets and student scores over many prototypes.
+
+The targets are never stored: they come as teacher logits and the two vectors of Sinkhorn-Knopp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops._checks import (
+    accumulation_dtype,
+    check_device,
+    check_positive,
+    check_rows,
+    check_tensor,
+)
+
+# The work goes block by block of rows: temporaries of the size of the logits would triple their
+# memory. On the CPU a block (1 MiB in float32) stays in the cache; elsewhere it hides the launches.
+_BLOCK_ELEMENTS_CPU = 2**18
+_BLOCK_ELEMENTS = 2**26
+
+
+def cross_entropy_reference(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    *,
+    teacher_rows: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """-sum_k target_k * log_softmax(student / temperature)_k of each row; arguments as below."""
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    teacher = teacher_logits.detach().index_select(0, teacher_rows).to(dtype)  # [S, K]
+    offsets = log_u.detach() + log_v.detach().index_select(0, teacher_rows).unsqueeze(1)
+    targets = (teacher / teacher_temperature + offsets).exp()
+    return -(targets * (student_logits.to(dtype) / student_temperature).log_softmax(dim=1)).sum(1)
+
+
+def cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    *,
+    teacher_rows: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of each student row against the targets of its teacher row.
+
+    Keeps nothing of the size of the logits but the logits themselves for the backward pass.
+
+    Args:
+        student_logits: [S, K]; the only argument that receives a gradient.
+        teacher_logits: [R, K], in any floating-point type.
+        log_u: [K] of the targets exp(teacher / teacher_temperature + log_u + log_v[:, None]).
+        log_v: [R] of the targets.
+        teacher_rows: [S] int64, the teacher row of each student row; rows may repeat.
+        student_temperature: divides the student's logits.
+        teacher_temperature: divides the teacher's logits.
+        backend: see `backends.choose_backend`.
+    Returns:
+        [S] float32 (float64 if any logits are float64).
+    Raises:
+        TypeError: logits not floating-point, or rows not int64.
+        ValueError: shapes or devices that do not fit, temperatures <= 0, rows out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    Source: Caron et al., "DINO", 2021, equation 1; Zhou et al., "iBOT", 2022, equation 2.
+    """
+    op = "cross_entropy"
+    check_tensor(op, "student_logits", student_logits, "S", "K")
+    check_tensor(op, "teacher_logits", teacher_logits, "R", student_logits.shape[1])
+    check_tensor(op, "log_u", log_u, student_logits.shape[1])
+    check_tensor(op, "log_v", log_v, teacher_logits.shape[0])
+    device = student_logits.device
+    check_device(op, device, teacher_logits=teacher_logits, log_u=log_u, log_v=log_v)
+    check_rows(op, "teacher_rows", teacher_rows, teacher_logits.shape[0], device)
+    if teacher_rows.shape[0] != student_logits.shape[0]:
+        raise ValueError(
+            f"{op}: teacher_rows must have one row for each of the {student_logits.shape[0]} "
+            f"student rows, got {teacher_rows.shape[0]}"
+        )
+    check_positive(
+        op, student_temperature=student_temperature, teacher_temperature=teacher_temperature
+    )
+    choose_backend(op, student_logits, backend)  # raises for what has no kernel
+    return _CrossEntropy.apply(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        student_logits,
+        teacher_logits.detach(),
+        log_u.detach(),
+        log_v.detach(),
+        teacher_rows,
+        student_temperature,
+        teacher_temperature,
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The reference in blocks of rows; the backward computes targets and softmax again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        log_u: Tensor,
+        log_v: Tensor,
+        rows: Tensor,
+        student_temperature: float,
+        teacher_temperature: float,
+    ) -> Tensor:
+        """Loss [S] of each row."""
+        loss = log_u.new_empty(student.shape[0], dtype=accumulation_dtype(student, teacher))
+        lse = torch.empty_like(loss)
+        for block in _blocks(student):
+            targets = _targets(teacher, log_u, log_v, rows[block], teacher_temperature, loss.dtype)
+            scores = student[block].to(loss.dtype) / student_temperature  # [b, K]
+            lse[block] = scores.logsumexp(dim=1)
+            loss[block] = scores.sub_(lse[block].unsqueeze(1)).mul_(targets).sum(dim=1).neg_()
+        ctx.save_for_backward(student, teacher, log_u, log_v, rows, lse)
+        ctx.temperatures = student_temperature, teacher_temperature
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """(softmax * sum(targets) - targets) / student_temperature, [S, K]."""
+        student, teacher, log_u, log_v, rows, lse = ctx.saved_tensors
+        student_temperature, teacher_temperature = ctx.temperatures
+        grad = torch.empty_like(student)
+        for block in _blocks(student):
+            targets = _targets(teacher, log_u, log_v, rows[block], teacher_temperature, lse.dtype)
+            scores = student[block].to(lse.dtype) / student_temperature  # [b, K]
+            softmax = scores.sub_(lse[block].unsqueeze(1)).exp_()
+            softmax.mul_(targets.sum(dim=1, keepdim=True)).sub_(targets)
+            grad[block] = softmax.mul_((grad_loss[block] / student_temperature).unsqueeze(1))
+        return grad, None, None, None, None, None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Slices of rows that together hold about as many elements as a block should."""
+    rows, columns = logits.shape
+    elements = _BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else _BLOCK_ELEMENTS
+    step = max(elements // max(columns, 1), 1)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _targets(
+    teacher: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    rows: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Targets [b, K] of some student rows."""
+    targets = teacher.index_select(0, rows).to(dtype).div_(temperature)
+    return targets.add_(log_u).add_(log_v.index_select(0, rows).unsqueeze(1)).exp_()

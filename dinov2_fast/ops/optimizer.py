@@ -1,0 +1,243 @@
+"""One optimizer step over lists of tensors: gradient norm and clipping, AdamW, teacher EMA.
+
+Nothing here waits for the device: norms, clip coefficients and the decision to skip a step stay
+0-d tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops._checks import accumulation_dtype, check_positive
+
+
+def adamw_ema_reference(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema_parameter: Tensor | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    momentum: float,
+    gradient_scale: Tensor | float,
+    skip: Tensor | None,
+) -> None:
+    """The step of one parameter, in place, with one temporary; arguments as in `adamw_ema_step`.
+
+    A skipped step multiplies every change by 0 and first overwrites what need not be finite.
+    """
+    keep = 1.0 if skip is None else skip.logical_not().to(parameter.dtype)
+    scratch = gradient * gradient_scale
+    if skip is not None:
+        scratch.masked_fill_(skip, 0.0)
+    exp_avg.lerp_(scratch, (1 - beta1) * keep)
+    exp_avg_sq.mul_(1 - (1 - beta2) * keep).addcmul_(scratch, scratch, value=1 - beta2)
+    torch.sqrt(exp_avg_sq, out=scratch)
+    scratch.div_((1 - beta2**step) ** 0.5).add_(eps)
+    if skip is not None:
+        scratch.masked_fill_(skip, torch.inf)
+    parameter.mul_(1 - lr * weight_decay * keep)
+    parameter.addcdiv_(exp_avg, scratch, value=-lr / (1 - beta1**step))
+    if ema_parameter is not None:
+        ema_parameter.lerp_(parameter, (1 - momentum) * keep)
+
+
+@torch.no_grad()
+def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """Euclidean norm of all gradients taken as one vector.
+
+    Args:
+        gradients: tensors of any shapes on one device.
+        backend: see `backends.choose_backend`.
+    Returns:
+        A 0-d float32 tensor (float64 for float64 gradients) on their device; NaN or inf if any
+        gradient is; 0 for no gradients.
+    Raises:
+        TypeError: gradients not floating-point.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    if not gradients:
+        return torch.zeros(())
+    for gradient in gradients:
+        if not gradient.is_floating_point():
+            raise TypeError(
+                f"gradient_norm: gradients must be of a floating-point type, got {gradient.dtype}"
+            )
+    choose_backend("optimizer", gradients[0], backend)  # raises for what has no kernel
+    dtype = accumulation_dtype(*gradients)
+    norms = [_norm(gradient, dtype) for gradient in gradients]
+    return _norm(torch.stack(norms), dtype)
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """Factor that brings gradients of a norm to at most another one: min(1, max / (norm + 1e-6)).
+
+    Args:
+        norm: 0-d, from `gradient_norm`.
+        max_norm: norm that is allowed.
+    Returns:
+        0-d, in (0, 1]; NaN for a norm that is NaN.
+    Raises:
+        ValueError: norm is not 0-d, or max_norm <= 0.
+    Source: torch.nn.utils.clip_grad_norm_, which DINOv2 calls once per sub-network.
+    """
+    if norm.ndim != 0:
+        raise ValueError(f"clip_coefficient: norm must have shape [], got {tuple(norm.shape)}")
+    check_positive("clip_coefficient", max_norm=max_norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def adamw_ema_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ema_parameters: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    momentum: float,
+    gradient_scale: Tensor | float = 1.0,
+    skip: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """AdamW with decoupled decay, then the teacher's moving average, all in place.
+
+    With g = gradient * gradient_scale: m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
+    p = p (1 - lr weight_decay) - lr m' / (sqrt(v') + eps) with the bias-corrected m', v', and
+    ema = momentum ema + (1 - momentum) p.
+
+    Args:
+        parameters: p, changed in place.
+        gradients: of the same shapes; not changed.
+        exp_avgs: m, changed in place; zeros before the first step.
+        exp_avg_sqs: v, changed in place; zeros before the first step.
+        ema_parameters: the teacher's parameters, changed in place; None has no teacher.
+        lr: learning rate of this step.
+        weight_decay: decay of this step, per unit of learning rate.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: added to the root of v'.
+        step: number of this step, from 1, for the bias correction.
+        momentum: of the moving average, in [0, 1].
+        gradient_scale: factor on the gradients, for instance the clip coefficient; a 0-d tensor is
+            read on the device.
+        skip: 0-d bool; where it is true nothing changes, whatever the gradients hold. None is
+            false.
+        backend: see `backends.choose_backend`.
+    Raises:
+        TypeError: skip not bool, or gradient_scale not 0-d.
+        ValueError: lists of different length, shapes, dtypes or devices; a number out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    Source: Loshchilov, Hutter, "Decoupled weight decay regularization", 2019.
+    """
+    _check_lists(parameters, gradients, exp_avgs, exp_avg_sqs, ema_parameters)
+    _check_numbers(lr, weight_decay, beta1, beta2, eps, step, momentum)
+    _check_scalars(gradient_scale, skip)
+    if not parameters:
+        return
+    choose_backend("optimizer", parameters[0], backend)  # raises for what has no kernel
+    if skip is not None and skip.device.type == "cpu":  # no device to wait for
+        if bool(skip):
+            return
+        skip = None
+    for index, parameter in enumerate(parameters):
+        adamw_ema_reference(
+            parameter,
+            gradients[index],
+            exp_avgs[index],
+            exp_avg_sqs[index],
+            None if ema_parameters is None else ema_parameters[index],
+            lr=lr,
+            weight_decay=weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            step=step,
+            momentum=momentum,
+            gradient_scale=gradient_scale,
+            skip=skip,
+        )
+
+
+def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norm of all elements, summed in a dtype."""
+    return torch.linalg.vector_norm(x, dtype=dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _check_lists(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ema_parameters: Sequence[Tensor] | None,
+) -> None:
+    """Refuse lists that do not describe the same parameters."""
+    lists = {"gradients": gradients, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if ema_parameters is not None:
+        lists["ema_parameters"] = ema_parameters
+    for name, tensors in lists.items():
+        if len(tensors) != len(parameters):
+            raise ValueError(
+                f"adamw_ema_step: {name} must have one tensor for each of the {len(parameters)} "
+                f"parameters, got {len(tensors)}"
+            )
+        for index, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
+            wanted = (tuple(parameter.shape), parameter.dtype, parameter.device)
+            got = (tuple(tensor.shape), tensor.dtype, tensor.device)
+            if got != wanted:
+                raise ValueError(
+                    f"adamw_ema_step: {name}[{index}] must have shape, dtype and device "
+                    f"{wanted} of its parameter, got {got}"
+                )
+
+
+def _check_numbers(
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    momentum: float,
+) -> None:
+    """Refuse numbers out of range."""
+    for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
+        if not value >= 0:
+            raise ValueError(f"adamw_ema_step: {name} must be at least 0, got {value}")
+    for name, value in {"beta1": beta1, "beta2": beta2}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"adamw_ema_step: {name} must be in [0, 1), got {value}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"adamw_ema_step: momentum must be in [0, 1], got {momentum}")
+    if step < 1:
+        raise ValueError(f"adamw_ema_step: step must be at least 1, got {step}")
+    check_positive("adamw_ema_step", eps=eps)
+
+
+def _check_scalars(gradient_scale: Tensor | float, skip: Tensor | None) -> None:
+    """Refuse tensors that are not the 0-d ones they must be."""
+    if isinstance(gradient_scale, Tensor) and gradient_scale.ndim != 0:
+        raise TypeError(
+            "adamw_ema_step: gradient_scale must be a number or of shape [], "
+            f"got {tuple(gradient_scale.shape)}"
+        )
+    if skip is not None and (skip.dtype != torch.bool or skip.ndim != 0):
+        raise TypeError(
+            f"adamw_ema_step: skip must be bool of shape [], got {skip.dtype} {tuple(skip.shape)}"
+        )

@@ -1,0 +1,98 @@
+"""Sinkhorn-Knopp: teacher scores become targets that use every prototype equally often.
+
+With M = exp(logits / temperature), the targets are diag(v) M diag(u): only the two vectors are
+stored, as logarithms, so nothing overflows whatever the size of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dinov2_fast.backends import choose_backend
+from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
+from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def sinkhorn_reference(
+    logits: Tensor, *, temperature: float, num_iterations: int, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Alternate between equal column sums across all processes and row sums of 1.
+
+    The factors 1/K and 1/R of the textbook cancel, so the number of rows need not be known.
+
+    Args:
+        logits: [R, K].
+        temperature: divides the logits.
+        num_iterations: rounds.
+        group: processes whose rows count together.
+    Returns:
+        log_u [K] and log_v [R].
+    """
+    scores = torch.empty(logits.shape, dtype=accumulation_dtype(logits), device=logits.device)
+    log_v = scores.new_zeros(logits.shape[0])
+    log_u = scores.new_zeros(logits.shape[1])
+    for _ in range(num_iterations):
+        torch.add(log_v.unsqueeze(1), logits, alpha=1 / temperature, out=scores)
+        log_u = -_log_column_sums_(scores, group)
+        torch.add(log_u, logits, alpha=1 / temperature, out=scores)
+        log_v = -scores.logsumexp(dim=1)
+    return log_u, log_v
+
+
+@torch.no_grad()
+def sinkhorn(
+    logits: Tensor,
+    *,
+    temperature: float,
+    num_iterations: int = 3,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Vectors that make exp(logits / temperature + log_u + log_v[:, None]) balanced targets.
+
+    Adding a constant to all logits, to a row or to a column changes no target. Rows that are only
+    padding must be cut off before the call.
+
+    Args:
+        logits: [R, K] teacher scores of this process; R may differ between processes and be 0.
+        temperature: divides the logits.
+        num_iterations: rounds; the last step makes every row sum to 1.
+        group: processes whose rows count together; None is all of them.
+        backend: see `backends.choose_backend`.
+    Returns:
+        log_u [K], the same on every process, and log_v [R]; float32 (float64 for float64 logits),
+        without gradient.
+    Raises:
+        TypeError: logits not floating-point.
+        ValueError: wrong shape, temperature <= 0, no iteration.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    Source: Cuturi, "Sinkhorn distances", 2013; Caron et al., "SwAV", 2020, for its use here.
+    """
+    check_tensor("sinkhorn", "logits", logits, "R", "K")
+    check_positive("sinkhorn", temperature=temperature)
+    if num_iterations < 1:
+        raise ValueError(f"sinkhorn: num_iterations must be at least 1, got {num_iterations}")
+    choose_backend("sinkhorn", logits, backend)  # raises for what has no kernel
+    return sinkhorn_reference(
+        logits, temperature=temperature, num_iterations=num_iterations, group=group
+    )
+
+
+def _log_column_sums_(scores: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Logarithm of each column's sum of exp(scores) over all processes: [K]; overwrites scores.
+
+    A column without any weight, as when no process has a row, counts as 1.
+    """
+    rows, columns = scores.shape
+    largest = scores.amax(dim=0) if rows else scores.new_full((columns,), -torch.inf)
+    all_reduce_max(largest, group)
+    empty = largest == -torch.inf
+    largest.masked_fill_(empty, 0.0)
+    sums = all_reduce_sum(scores.sub_(largest).exp_().sum(dim=0), group)
+    return sums.masked_fill_(empty, 1.0).log_().add_(largest)

@@ -1,0 +1,168 @@
+"""Stochastic depth that skips work: a residual branch sees only the samples it keeps.
+
+The kept rows are gathered, the branch runs on them alone, and its output is added back into the
+residual stream, scaled so that the expected sum does not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops._checks import check_device, check_rows, check_tensor
+from dinov2_fast.packing import Pack
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The samples a residual branch is computed for.
+
+    Args:
+        rows: [R] int64 token rows of the kept sequences, ascending, no row twice.
+        row_scale: [R] float32, b / m of the row's group: b samples, m of them kept.
+        pack: layout of the R rows.
+    """
+
+    rows: Tensor
+    row_scale: Tensor
+    pack: Pack
+
+
+def gather_rows_reference(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x: [T, C] -> [R, C]."""
+    return x.index_select(0, rows)
+
+
+def scatter_add_scaled_reference(
+    x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
+) -> Tensor:
+    """A copy of x with residual * row_scale * gamma added to its rows; arguments as below."""
+    update = residual * row_scale.unsqueeze(1)  # [R, C]
+    if gamma is not None:
+        update = update * gamma
+    return x.index_add(0, rows, update.to(x.dtype))
+
+
+def keep_count(batch_size: int, drop_ratio: float) -> int:
+    """Number of samples of a group that a residual branch is computed for.
+
+    Args:
+        batch_size: b, samples in the group.
+        drop_ratio: share of samples skipped, in [0, 1).
+    Returns:
+        int(b * (1 - drop_ratio)), at least 1 unless the group is empty: a branch without samples
+        would leave its parameters without gradients on this process only.
+    Raises:
+        ValueError: a negative batch size, or a ratio outside [0, 1).
+    Source: Oquab et al., "DINOv2", 2023, section 5, and its training code for the rounding.
+    """
+    if batch_size < 0:
+        raise ValueError(f"keep_count: batch_size must be at least 0, got {batch_size}")
+    if not 0 <= drop_ratio < 1:
+        raise ValueError(f"keep_count: drop_ratio must be in [0, 1), got {drop_ratio}")
+    return min(batch_size, max(int(batch_size * (1 - drop_ratio)), 1))
+
+
+def draw_kept_rows(
+    pack: Pack, drop_ratio: float, generator: torch.Generator | None
+) -> KeptRows | None:
+    """Draw which sequences a residual branch keeps; every group of the pack draws on its own.
+
+    Args:
+        pack: layout of the tokens; one group is one crop size.
+        drop_ratio: share of sequences skipped, in [0, 1).
+        generator: CPU generator, so that the draw is the same on every device; None is torch's
+            global one.
+    Returns:
+        The kept rows on the device of the pack; None if nothing is dropped. How many rows there
+        are depends on the pack and the ratio alone.
+    Raises:
+        ValueError: a ratio outside [0, 1), or a generator of another device.
+    """
+    counts = [keep_count(count, drop_ratio) for count, _ in pack.groups]
+    if drop_ratio == 0:
+        return None
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"draw_kept_rows: generator must be on the cpu, got {generator.device}; "
+            "use torch.Generator()"
+        )
+    rows: list[Tensor] = []
+    scales: list[Tensor] = []
+    begin = 0
+    for (count, length), kept in zip(pack.groups, counts, strict=True):
+        chosen = torch.randperm(count, generator=generator)[:kept].sort().values  # [m]
+        first = (begin + chosen * length).to(pack.device)
+        within = torch.arange(length, device=pack.device)
+        rows.append((first.unsqueeze(1) + within).flatten())  # [m * N]
+        scale = count / kept if kept else 1.0
+        scales.append(torch.full((kept * length,), scale, device=pack.device))
+        begin += count * length
+    if not rows:
+        rows, scales = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
+    runs = [(kept, length) for (_, length), kept in zip(pack.groups, counts, strict=True)]
+    return KeptRows(
+        rows=torch.cat(rows).to(pack.device),
+        row_scale=torch.cat(scales).to(pack.device, torch.float32),
+        pack=Pack.from_groups(runs, pack.device),
+    )
+
+
+def gather_rows(x: Tensor, rows: Tensor, *, backend: str | None = None) -> Tensor:
+    """The rows a residual branch keeps.
+
+    Args:
+        x: [T, C] tokens.
+        rows: [R] int64.
+        backend: see `backends.choose_backend`.
+    Returns:
+        [R, C].
+    Raises:
+        TypeError: x not floating-point, or rows not int64.
+        ValueError: wrong shapes or devices, or rows out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    check_tensor("gather_rows", "x", x, "T", "C")
+    check_rows("gather_rows", "rows", rows, x.shape[0], x.device)
+    choose_backend("stochastic_depth", x, backend)  # raises for what has no kernel
+    return gather_rows_reference(x, rows)
+
+
+def scatter_add_scaled(
+    x: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    row_scale: Tensor,
+    gamma: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Add a branch's output back into the residual stream: x[rows] + residual * row_scale * gamma.
+
+    Args:
+        x: [T, C] residual stream; not changed.
+        residual: [R, C] output of the branch, in any floating-point type.
+        rows: [R] int64 rows of x, no row twice.
+        row_scale: [R] float32; carries no gradient.
+        gamma: [C] LayerScale vector; None is all ones.
+        backend: see `backends.choose_backend`.
+    Returns:
+        [T, C] in the dtype of x; the sum's terms are computed in the wider of the types.
+    Raises:
+        TypeError: tensors that are not floating-point, or rows not int64.
+        ValueError: shapes or devices that do not fit, or rows out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    op = "scatter_add_scaled"
+    check_tensor(op, "x", x, "T", "C")
+    check_rows(op, "rows", rows, x.shape[0], x.device)
+    check_tensor(op, "residual", residual, rows.shape[0], x.shape[1])
+    check_tensor(op, "row_scale", row_scale, rows.shape[0])
+    if gamma is not None:
+        check_tensor(op, "gamma", gamma, x.shape[1])
+    check_device(op, x.device, residual=residual, row_scale=row_scale, gamma=gamma)
+    choose_backend("stochastic_depth", x, backend)
+    return scatter_add_scaled_reference(x, residual, rows, row_scale.detach(), gamma)

@@ -1,0 +1,1 @@
+"""Pretraining: the student/teacher pair, optimizer, schedules and the loop around them."""

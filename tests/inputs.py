@@ -1,0 +1,76 @@
+"""Sizes that tests share, each with its reason, and makers of seeded inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast.packing import Pack
+
+# Runs (num_sequences, length) of packs.
+GROUPS = [
+    ((2, 257), (2, 50)),  # two 224 px and two 98 px crops at patch 14: the production pack
+    ((1, 1),),  # a single token: no neighbour to hide a wrong offset
+    ((1, 64), (1, 65)),  # a tile edge and one past it
+    ((3, 17), (1, 0), (2, 5)),  # primes around an empty sequence
+    (),  # nothing at all
+]
+
+# (rows, channels) of row-wise ops.
+ROW_SHAPES = [
+    (257, 384),  # one 224 px crop of ViT-S/14
+    (1, 1),  # nothing to hide behind
+    (13, 61),  # primes: no vector width divides them
+    (33, 129),  # one past a tile edge in both
+    (0, 64),  # an empty branch
+]
+
+# (rows, prototypes) of the ops on teacher and student scores.
+SCORE_SHAPES = [
+    (64, 4096),  # several blocks of rows
+    (1, 1),  # one row, one prototype
+    (7, 31),  # primes
+    (17, 257),  # one past a tile edge
+]
+
+# Smallest sizes on which gradcheck still sees several sequences and several channels.
+GRADCHECK_GROUPS = ((2, 3), (1, 1), (1, 2))
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+# Tracing with autograd is what an op can break and takes a second; code generation takes twenty.
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Normal numbers that depend on the seed and the shape alone, not on dtype or device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+
+
+def randperm(count: int, *, seed: int = 0, device: str = "cpu") -> Tensor:
+    """A seeded permutation of count numbers."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def make_qkv(
+    pack: Pack, *, num_heads: int = 2, head_dim: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values [T, H, D]: strided views of one tensor, as a qkv layer gives them."""
+    qkv = randn(pack.num_tokens, 3, num_heads, head_dim, dtype=dtype, device=str(pack.device))
+    q, k, v = qkv.unbind(1)
+    return q, k, v
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies that collect gradients, with the strides of the originals."""
+    return [
+        tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors
+    ]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from dinov2_fast import backends, environment, native
+from dinov2_fast.backends import availability, choose_backend, use_backend
+from dinov2_fast.errors import BackendUnavailable, ConfigError
+
+OPS = sorted(backends.PREFERENCE)
+X = torch.zeros(2, 4)
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch):
+    """A process in which the extension is not built."""
+    monkeypatch.setattr(native, "_load", lambda: (None, "the extension is not built"))
+    backends._why_not.cache_clear()
+    backends._log_fallback.cache_clear()
+    yield
+    monkeypatch.undo()
+    backends._why_not.cache_clear()
+
+
+@pytest.fixture
+def with_extension() -> None:
+    if native.why_not():
+        pytest.skip(f"native: {native.why_not()}")
+
+
+@pytest.fixture(autouse=True)
+def no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DINOV2_FAST_BACKEND", raising=False)
+    monkeypatch.delenv("DINOV2_FAST_DISABLE_KERNELS", raising=False)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_the_reference_on_every_device_type(op: str):
+    for device_type in ("cpu", "cuda", "mps", "meta"):
+        assert availability(op, device_type)["reference"] == ""
+        assert "reference" in backends.PREFERENCE[op].get(device_type, ("reference",))
+    assert choose_backend(op, torch.empty(2, device="meta"), None) == "reference"
+
+
+def test_the_table_names_only_backends_and_ops_that_state_their_types():
+    for op, devices in backends.PREFERENCE.items():
+        for device_type, order in devices.items():
+            assert set(order) <= set(backends.BACKENDS)
+            assert len(set(order)) == len(order)
+            for name in set(order) - {"reference"}:
+                assert backends.DTYPES[op, name, device_type]
+
+
+def test_argument_beats_context_beats_environment_beats_table(
+    with_extension: None, monkeypatch: pytest.MonkeyPatch
+):
+    assert choose_backend("swiglu", X, None) == "native"
+    monkeypatch.setenv("DINOV2_FAST_BACKEND", "reference")
+    assert choose_backend("swiglu", X, None) == "reference"
+    with use_backend("native"):
+        assert choose_backend("swiglu", X, None) == "native"
+        assert choose_backend("swiglu", X, "reference") == "reference"
+        with use_backend(None):
+            assert choose_backend("swiglu", X, None) == "reference"
+        assert choose_backend("swiglu", X, None) == "native"
+    assert choose_backend("swiglu", X, None) == "reference"
+
+
+def test_the_context_ends_with_an_exception():
+    with pytest.raises(RuntimeError), use_backend("reference"):
+        raise RuntimeError
+    assert backends._forced is None
+
+
+def test_explicit_choice_never_falls_back(without_extension: None, monkeypatch: pytest.MonkeyPatch):
+    message = "swiglu: backend 'native' .* the extension is not built; available: reference"
+    with pytest.raises(BackendUnavailable, match=message):
+        choose_backend("swiglu", X, "native")
+    with use_backend("native"), pytest.raises(BackendUnavailable, match=message):
+        choose_backend("swiglu", X, None)
+    monkeypatch.setenv("DINOV2_FAST_BACKEND", "native")
+    with pytest.raises(BackendUnavailable, match=message):
+        choose_backend("swiglu", X, None)
+
+
+def test_automatic_choice_falls_back_and_says_so_once(
+    without_extension: None, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO, logger="dinov2_fast"):
+        assert choose_backend("swiglu", X, None) == "reference"
+        assert choose_backend("swiglu", X, None) == "reference"
+    expected = "swiglu: backend 'native' not used on cpu: the extension is not built"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+
+
+def test_a_call_can_refuse_a_backend_with_its_reason(with_extension: None):
+    why = {"native": "head dimension must be a multiple of 8, got 60"}
+    assert choose_backend("swiglu", X, None, refusals=why) == "reference"
+    with pytest.raises(BackendUnavailable, match="multiple of 8, got 60; available: reference"):
+        choose_backend("swiglu", X, "native", refusals=why)
+
+
+def test_float_types_a_kernel_lacks_are_refused_by_name(with_extension: None):
+    assert choose_backend("swiglu", X.double(), None) == "reference"
+    with pytest.raises(BackendUnavailable, match="takes float32, bfloat16, got float64"):
+        choose_backend("swiglu", X.double(), "native")
+
+
+def test_disabled_kernels_go_to_the_reference_unless_asked_for(
+    with_extension: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DINOV2_FAST_DISABLE_KERNELS", "attention, swiglu")
+    assert choose_backend("swiglu", X, None) == "reference"
+    assert choose_backend("swiglu", X, "native") == "native"
+
+
+def test_misspelt_names_are_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="one of reference, native, triton or None, got 'nativ'"):
+        choose_backend("swiglu", X, "nativ")
+    with pytest.raises(ValueError, match="use_backend: backend must be"), use_backend("cuda"):
+        pass
+    with pytest.raises(ValueError, match=r"expected an op of .*swiglu.*, got 'swigloo'"):
+        availability("swigloo", "cpu")
+    monkeypatch.setenv("DINOV2_FAST_BACKEND", "fast")
+    with pytest.raises(ConfigError, match=r"DINOV2_FAST_BACKEND: expected one of auto, .* 'fast'"):
+        choose_backend("swiglu", X, None)
+
+
+def test_compiled_code_is_traced_again_for_another_backend(with_extension: None):
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if choose_backend("swiglu", x, None) == "reference" else 2)
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert compiled(X)[0, 0] == 2
+    with use_backend("reference"):
+        assert compiled(X)[0, 0] == 1
+    assert compiled(X)[0, 0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs"),
+    [
+        ("80-real", [(8, 0), (8, 6), (8, 9)]),  # machine code runs on later minor versions only
+        ("90-real", [(9, 0)]),
+        ("90-virtual", [(9, 0), (10, 0), (12, 0)]),  # PTX runs on anything later
+        ("90a", [(9, 0)]),  # code for one chip
+        ("75", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    ],
+)
+def test_which_gpu_runs_which_code(arch: str, runs: list[tuple[int, int]]):
+    gpus = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [gpu for gpu in gpus if native.runs_on(arch, *gpu)] == runs
+
+
+def test_the_environment_is_described_and_misspelt_variables_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("DINOV2_FAST_BACKEN", "native")
+    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", "")
+    assert environment.unknown_variables() == ["DINOV2_FAST_BACKEN"]
+    assert environment.cpu_level() == "auto"
+    names = [row["name"] for row in environment.describe()]
+    assert names == [variable.name for variable in environment.VARIABLES]

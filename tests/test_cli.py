@@ -1,0 +1,118 @@
+"""The command line as a person meets it: help, exit codes, and messages without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dinov2_fast import cli
+from dinov2_fast.errors import ConfigError, NumericsError
+
+
+def test_python_dash_m_and_the_console_script_are_the_same_program():
+    from importlib.metadata import entry_points
+
+    import dinov2_fast.__main__ as module
+
+    (script,) = [e for e in entry_points(group="console_scripts") if e.name == "dinov2-fast"]
+    assert script.value == "dinov2_fast.__main__:main"
+    assert script.load() is module.main
+    done = subprocess.run(
+        [sys.executable, "-m", "dinov2_fast", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("dinov2_fast ")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["eval", "knn", "--help"]])
+def test_help_is_printed_and_exits_0(words, capsys):
+    assert cli.run(words) == 0
+    assert "usage: dinov2-fast" in capsys.readouterr().out
+
+
+def test_settings_lists_every_setting_with_its_meaning(capsys):
+    assert cli.run(["train", "vitl14", "--settings"]) == 0
+    text = capsys.readouterr().out
+    assert "--optimizer.base-lr" in text
+    assert "Peak learning rate" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "required: VERB"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "vits41", "--data", "x", "--out", "y"], "did you mean vits14?"),
+        (["train", "debug", "--data", "x", "--out", "y", "--model.dpeth", "3"], "--model.depth"),
+        (
+            ["train", "debug", "--data", "x", "--out", "y", "--batch-size", "0"],
+            "run.batch_size must be",
+        ),
+        (["train", "debug", "--out", "y"], "add --data PATH"),
+        (["train", "debug", "--data", "x"], "add --out OUT"),
+        (["doctor", "--jsn"], "unrecognized arguments: --jsn"),
+        (["convert", "a.pth", "b.pth"], "--to"),
+    ],
+)
+def test_usage_mistakes_exit_2_and_name_the_way_out(words, expected, capsys):
+    assert cli.run(words) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err + captured.out
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_missing_data_folder_exits_3(tmp_path, capsys):
+    words = ["train", "debug", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    assert cli.run(words) == 3
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_missing_weights_exit_5(tmp_path, capsys):
+    words = ["convert", str(tmp_path / "no.pth"), str(tmp_path / "out.pth"), "--to", "timm"]
+    assert cli.run(words) == 5
+    assert "no.pth" in capsys.readouterr().err
+
+
+def test_dry_run_prints_settings_parameters_and_steps(capsys):
+    assert cli.run(["train", "vitg14", "--dry-run", "--steps", "1000"]) == 0
+    text = capsys.readouterr().out
+    assert "total_steps: 1000" in text
+    # 37x37 positions exist only at 518 px; at 224 px the published 1,136,480,768 lose 1113 rows of 1536.
+    assert "1,134,771,200" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("no"), 2), (NumericsError("no"), 4), (KeyboardInterrupt(), 130)],
+)
+def test_errors_become_exit_codes_without_tracebacks(error, code, monkeypatch, capsys):
+    def fail(options, rest):
+        raise error
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.run(["doctor"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_unexpected_error_exits_1_and_keeps_the_traceback_in_a_file(monkeypatch, capsys):
+    def fail(options, rest):
+        raise RuntimeError("the sky fell")
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.run(["doctor"]) == 1
+    message = capsys.readouterr().err
+    assert "the sky fell" in message
+    path = message.rsplit(" ", 1)[1].strip()
+    with open(path, encoding="utf-8") as file:
+        assert "Traceback" in file.read()
+
+
+def test_doctor_json_is_one_object(capsys):
+    assert cli.run(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"]
