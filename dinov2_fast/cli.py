@@ -35,7 +35,8 @@ def run(arguments: Sequence[str]) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return options.action(options, rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        stopped = error.exit_code in (75, 130)  # asked for, and saved: not an error
+        print(error if stopped else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as request:
         return request.code if isinstance(request.code, int) else 2

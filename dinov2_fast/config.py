@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 
@@ -304,10 +304,10 @@ def load_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> C
                 f"presets are {', '.join(preset_names())}"
             )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not valid YAML: {error}") from error
-    return _updated(Config(), values, "").updated(overrides or {})
+    return _updated(Config(), values or {}, "").updated(overrides or {})
 
 
 def validate(config: Any, prefix: str = "") -> None:
@@ -316,7 +316,7 @@ def validate(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: a value outside its range; the message names the key and the range.
     """
-    for key, kind in typing.get_type_hints(type(config), include_extras=True).items():
+    for key, kind in typing.get_type_hints(config.__class__, include_extras=True).items():
         value = getattr(config, key)
         if dataclasses.is_dataclass(value):
             validate(value, f"{prefix}{key}.")
@@ -337,8 +337,8 @@ def to_yaml(config: Config) -> str:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+            return {key: plain(entry) for key, entry in cast("dict[str, Any]", value).items()}
+        return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
 
     return yaml.safe_dump(plain(to_dict(config)), sort_keys=False)
 
@@ -349,9 +349,9 @@ def _updated(config: Any, values: Any, prefix: str) -> Any:
         raise ConfigError(
             f"config: {prefix.rstrip('.') or 'the file'} must be a mapping, got {values!r}"
         )
-    hints = typing.get_type_hints(type(config))
-    changes = {}
-    for key, value in values.items():
+    hints = typing.get_type_hints(config.__class__)
+    changes: dict[str, Any] = {}
+    for key, value in cast("dict[str, Any]", values).items():
         if key not in hints:
             nearest, known = _nearest(str(key), list(hints)), ", ".join(hints)
             raise ConfigError(f"config: unknown key {prefix}{key}{nearest}; known: {known}")
@@ -377,8 +377,9 @@ def _converted(value: Any, kind: Any, key: str) -> Any:
             f"config: {key} must be one of {', '.join(map(str, arguments))}, got {value!r}"
         )
     if origin is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(arguments):
-            return tuple(_converted(v, a, key) for v, a in zip(value, arguments, strict=True))
+        items = list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else []
+        if len(items) == len(arguments):
+            return tuple(_converted(v, a, key) for v, a in zip(items, arguments, strict=True))
         raise ConfigError(f"config: {key} must be a list of {len(arguments)} values, got {value!r}")
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 2e-4 (no dot) as a string

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A message for the user, shown without a traceback; `exit_code` is what the process returns."""
+    """A message for the user, shown without a traceback; `exit_code` is that of the process."""
 
     exit_code = 1
 

@@ -73,7 +73,7 @@ def test_a_missing_data_folder_exits_3(tmp_path, capsys):
 
 
 def test_missing_weights_exit_5(tmp_path, capsys):
-    words = ["convert", str(tmp_path / "no.pth"), str(tmp_path / "out.pth"), "--to", "timm"]
+    words = ["convert", str(tmp_path / "no.pth"), str(tmp_path / "o.safetensors"), "--to", "timm"]
     assert cli.run(words) == 5
     assert "no.pth" in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_dry_run_prints_settings_parameters_and_steps(capsys):
     assert cli.run(["train", "vitg14", "--dry-run", "--steps", "1000"]) == 0
     text = capsys.readouterr().out
     assert "total_steps: 1000" in text
-    # 37x37 positions exist only at 518 px; at 224 px the published 1,136,480,768 lose 1113 rows of 1536.
+    # The published 1,136,480,768 at 518 px, less the 1113 positions of 1536 that 224 px lacks.
     assert "1,134,771,200" in text
 
 

@@ -73,7 +73,7 @@ class _SilentPillow:
 _silent_pillow = _SilentPillow()
 
 
-class UnreadableImage(ValueError):  # noqa: N818 - a finding about the data, not a programming error
+class UnreadableImage(ValueError):
     """An image that cannot be read or decoded; the message is the reason."""
 
 

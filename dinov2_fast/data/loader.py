@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -66,9 +67,21 @@ class _Steps(Sampler[int]):
 
 
 def _start_worker(worker: int) -> None:
-    """Leaves Ctrl-C to the training process, which finishes its step first."""
+    """Leaves Ctrl-C to the training process, which finishes its step first, and ends with it.
+
+    The fork server, a worker's parent in the eyes of the system, outlives a killed training process
+    for as long as a worker holds its end of their pipe; so each worker watches for itself.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    training_process = multiprocessing.parent_process()
+    if training_process is not None:
+        threading.Thread(target=_exit_after, args=(training_process,), daemon=True).start()
+
+
+def _exit_after(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _as_is(batch: Any) -> Any:
@@ -199,7 +212,7 @@ class TrainingLoader:
         self._prefetch_batches = data.prefetch_batches
         self._pin_memory = pin_memory
         self._timeout_s = timeout_s
-        self._batches = None
+        self._batches: Iterator[Batch | Failure] | None = None
         self._watchdog: _Watchdog | None = None
         self._rebuilt_at: list[float] = []
         if self.num_workers:
@@ -237,37 +250,48 @@ class TrainingLoader:
         if watchdog is not None:
             watchdog.stop()
 
-    def _watched(self) -> contextlib.AbstractContextManager[None]:
-        """Guards the wait for a batch of workers."""
-        if self.num_workers == 0:
-            return contextlib.nullcontext()
-        if self._watchdog is None:
-            self._watchdog = _Watchdog(self._timeout_s)
-            self._watchdog.start()
-        return self._watchdog.watching(self._workers())
-
     def _next_batch(self) -> Batch:
+        """The batch of `next_step`, from new workers where the old ones have failed."""
         while True:
             try:
                 if self._batches is None:
                     self._batches = iter(self._new_loader())
-                with self._watched():
-                    batch = next(self._batches)
+                batch = self._received(self._batches)
+                break
             # The builder returns its failures, so what is raised here comes from the machinery: a
-            # dead worker, a broken pipe or, with all workers alive, the end of a poll interval.
+            # dead worker, a broken pipe, no memory to share or to pin.
             except (RuntimeError, OSError, EOFError) as error:
                 if self.num_workers == 0:
                     raise
-                workers = self._workers()
-                if not workers or not all(worker.is_alive() for worker in workers):
-                    self._replace_workers(error)
-                continue
-            if not isinstance(batch, Failure):
-                return batch
+                self._replace_workers(error)
+        if isinstance(batch, Failure):
             self.close()
             if batch.is_data_error:
                 raise DataError(batch.message)
             raise RuntimeError(f"TrainingLoader: building a batch failed\n{batch.message}")
+        return batch
+
+    def _received(self, batches: Iterator[Batch | Failure]) -> Batch | Failure:
+        """The next result of the workers; polls, so that a dead one is noticed."""
+        if self.num_workers == 0:
+            return next(batches)
+        if self._watchdog is None:
+            self._watchdog = _Watchdog(self._timeout_s)
+            self._watchdog.start()
+        workers = self._workers()
+        with self._watchdog.watching(workers):
+            while True:
+                polled_at = time.monotonic()
+                try:
+                    batch = next(batches)
+                except RuntimeError:  # also raised when a poll interval has passed
+                    interval_is_over = time.monotonic() - polled_at > 0.9 * _POLL_S
+                    if interval_is_over and all(worker.is_alive() for worker in workers):
+                        continue
+                    raise
+                if isinstance(batch, Batch) and batch.step != self.next_step:
+                    raise RuntimeError(f"step {self.next_step} was lost on its way")
+                return batch
 
     def _new_loader(self) -> DataLoader:
         settings = {}

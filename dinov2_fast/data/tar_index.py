@@ -32,7 +32,7 @@ _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
 
 
-class TarDamaged(Exception):  # noqa: N818 - ends the index of one shard, is not an error of the run
+class TarDamaged(Exception):
     """A header that cannot be read on from; the message says where and why."""
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,6 +262,7 @@ print(peak() - before)
         input=b"".join(images),
         capture_output=True,
         check=False,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr.decode()
     assert int(done.stdout) < 50_000  # KiB

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from dinov2_fast.data.loader import TrainingLoader, default_num_workers
 from dinov2_fast.errors import DataError
 from tests.data.pictures import write_folder
 from tests.data.sources import Buggy, Pictures, ThreadCounting
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(source, *, num_workers=0, max_bad_ratio=0.001, **changes):
@@ -100,15 +105,19 @@ def test_a_killed_worker_is_replaced_and_no_batch_is_lost(reference, fast_poll):
     assert not set(first) & set(second)
 
 
-def test_a_hung_worker_is_replaced_after_the_timeout(reference, fast_poll):
-    loader = make(Pictures(10), num_workers=1)
+@pytest.mark.parametrize("while_building", [True, False])
+def test_a_frozen_worker_is_replaced_after_the_timeout(reference, fast_poll, while_building):
+    # Frozen while building it announces nothing; frozen later, it keeps what it announced.
+    loader = make(Pictures(10, delay_s=0.2 if while_building else 0.0), num_workers=1)
     batches = iter(loader)
     next(batches)
+    while not while_building and loader._batches._worker_result_queue.empty():
+        pass
     loader._watchdog._timeout_s = 2.0  # after the workers have started, however long that took
     hung = workers_of(loader)
     os.kill(hung[0], signal.SIGSTOP)
     started = time.monotonic()
-    got = list(islice(batches, 5))
+    got = list(islice(batches, 2))
     seconds = time.monotonic() - started
     loader.close()
     for expected, batch in zip(reference[1:], got, strict=False):
@@ -127,6 +136,17 @@ def test_workers_that_keep_dying_end_the_run_with_advice(fast_poll):
     with pytest.raises(RuntimeError, match=r"4 times within an hour.*--data\.num-workers"):
         list(batches)
     loader.close()
+
+
+def test_a_batch_lost_on_its_way_is_fetched_again(reference):
+    loader = make(Pictures(10), num_workers=1)
+    batches = iter(loader)
+    got = [next(batches)]
+    next(loader._batches)  # as when pinning its memory had failed
+    got += list(islice(batches, 3))
+    loader.close()
+    for expected, batch in zip(reference, got, strict=False):
+        assert_equal(expected, batch)
 
 
 def test_slow_batches_are_not_mistaken_for_dead_workers(fast_poll):
@@ -159,6 +179,28 @@ def test_closing_ends_the_workers():
     for pid in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_workers_end_when_the_training_process_is_killed():
+    script = """
+import time
+from tests.data.test_loader import make, workers_of
+from tests.data.sources import Pictures
+if __name__ == "__main__":
+    loader = make(Pictures(10), num_workers=2)
+    next(iter(loader))
+    print(*workers_of(loader), flush=True)
+    time.sleep(300)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline, "orphaned workers"
 
 
 def test_workers_use_one_thread():
