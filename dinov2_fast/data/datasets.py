@@ -120,10 +120,14 @@ def _walk(root: bytes) -> Iterator[bytes]:
             if entry.name.startswith(b"."):
                 continue
             path = os.path.join(folder, entry.name)
-            if entry.is_dir():
-                (linked if entry.is_symlink() else pending).append(path)
-            elif entry.is_file():
-                yield path
+            try:
+                if entry.is_dir():
+                    (linked if entry.is_symlink() else pending).append(path)
+                elif entry.is_file():
+                    yield path
+            except OSError as error:  # a link to itself, a target that may not be looked at
+                shown = printable(os.fsdecode(os.path.join(root, path)))
+                logger.warning("data: skipped %s: %s", shown, error)
 
 
 def read_regular_file(path: bytes | str) -> bytes:

@@ -78,8 +78,10 @@ def _checked_header(block: bytes, offset: int) -> bytes | None:
         return None
     stored = _number(block[148:156], offset)
     unsigned = sum(block) - sum(block[148:156]) + 8 * 32
+    if stored == unsigned:
+        return block
     # Some old programs summed signed bytes.
-    if stored not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in block)):
+    if stored != unsigned - 256 * sum(byte > 127 for byte in block):
         raise TarDamaged(f"header at byte {offset} has a wrong checksum")
     return block
 

@@ -53,6 +53,7 @@ def test_symlink_loops_end_and_a_linked_folder_is_read_once(tmp_path):
     (root / "other").symlink_to(tmp_path / "elsewhere")
     (root / "other2").symlink_to(tmp_path / "elsewhere")
     (root / "one.png").symlink_to(tmp_path / "elsewhere" / "000.png")
+    (root / "itself.png").symlink_to(root / "itself.png")
     (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     source = open_images(root)
     expected = ["one.png", "other/000.png", "real/000.png", "real/001.png"]

@@ -141,6 +141,15 @@ def test_damage_ends_the_index_and_keeps_what_came_before(tmp_path, caplog, bad,
     assert reason in caplog.text
 
 
+def test_checksums_of_signed_bytes_are_accepted(tmp_path):
+    block = bytearray(header("ä.png".encode(), octal(3)))
+    signed = sum(block) - sum(block[148:156]) + 8 * 32 - 256 * sum(byte > 127 for byte in block)
+    block[148:156] = b"%06o\0 " % signed
+    path = tmp_path / "t.tar"
+    path.write_bytes(bytes(block) + b"abc" + bytes(509))
+    assert listed(path) == [("ä.png", b"abc")]
+
+
 def test_a_truncated_tar_gives_its_whole_members(tmp_path):
     data = {f"{i}.png": bytes([i]) * 700 for i in range(5)}
     path = write_tar(tmp_path / "t.tar", data, layout=tarfile.USTAR_FORMAT)
