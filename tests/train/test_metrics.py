@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import math
+import resource
 import time
 
 import pytest
