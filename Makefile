@@ -1,5 +1,5 @@
 # Each target does its own set-up: a virtual environment in .venv, made once and refreshed when the
-# metadata or the extension's sources change. Tests marked slow run with `make test TESTS=`.
+# metadata or the extension's sources change. Tests marked slow run with `make nightly`.
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= -m "not slow"
@@ -10,11 +10,12 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt dinov2_fast/__init__.py \
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 BIN := $(VENV)/bin
 
-.PHONY: build format check test bench clean demo
+.PHONY: build format check test nightly bench clean demo
 
 build: $(VENV)/installed-dev
 
 $(VENV)/installed-%: $(BUILD_FILES)
+	@echo "Setting up $(VENV); PyTorch is a large download the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
@@ -32,6 +33,9 @@ check: $(VENV)/installed-dev
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(TESTS)
+
+nightly: TESTS =
+nightly: test bench
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -49,12 +49,15 @@ _SHOWN_PX = 256
 
 
 @dataclass(frozen=True)
-class _ImageSet:
-    """Crops of the photographs on disk."""
+class ImageSet:
+    """Labelled images on disk in two parts."""
 
     train: ImageSource
+    """What the network trains on, and what votes."""
     test: ImageSource
+    """What is classified."""
     num_photographs: int
+    """Classes; in the demo one photograph is one class."""
 
 
 def run_demo(
@@ -94,7 +97,7 @@ def run_demo(
     )
     from dinov2_fast.train.trainer import train
 
-    before = _measure_before(config, images)
+    before = measure_before(config, images)
     print(
         f"before training, k-NN accuracy: raw pixels {before['knn_raw_pixels']:.1f} %, "
         f"untrained network {before['knn_untrained']:.1f} %",
@@ -104,10 +107,10 @@ def run_demo(
     if not run.get("finished"):
         raise UserError(f"demo: training stopped at step {run['steps']}; run it again to go on")
     model = _load(out)
-    train_features, test_features = _features(model, images)
+    train_features, test_features = features_of(model, images)
     summary = {
         **before,
-        **_accuracies("trained", train_features, test_features),
+        **accuracies("trained", train_features, test_features),
         "k": NUM_NEIGHBORS,
         "photographs": images.num_photographs,
         "train_images": len(images.train),
@@ -193,7 +196,7 @@ def _refuse_another_seed(out: Path, seed: int) -> None:
             raise OutputError(f"demo: {out} holds one with seed {earlier}; choose another --out")
 
 
-def _make_images(photographs: dict[str, Path], out: Path, seed: int) -> _ImageSet:
+def _make_images(photographs: dict[str, Path], out: Path, seed: int) -> ImageSet:
     from dinov2_fast.data.datasets import open_images
     from dinov2_fast.data.photo_crops import write_photo_crops
 
@@ -202,15 +205,23 @@ def _make_images(photographs: dict[str, Path], out: Path, seed: int) -> _ImageSe
         write_photo_crops(photographs, folder, settings=CROPS, seed=seed)
     except OSError as error:
         raise OutputError(f"demo: cannot write {folder}: {error.strerror}") from error
-    return _ImageSet(
+    return ImageSet(
         train=open_images(folder / "train"),
         test=open_images(folder / "test"),
         num_photographs=len(photographs),
     )
 
 
-def _measure_before(config: Config, images: _ImageSet) -> dict[str, float]:
-    """k-NN accuracy of raw pixels and of the network at step 0, the one training starts from."""
+def measure_before(config: Config, images: ImageSet) -> dict[str, float]:
+    """k-NN accuracy of raw pixels and of the network at step 0, the one training starts from.
+
+    Args:
+        config: of the run.
+        images: training and test part.
+
+    Returns:
+        In percent: `knn_raw_pixels`, `knn_untrained`, `knn_untrained_patch_mean`.
+    """
     from dinov2_fast.features import pixel_features
     from dinov2_fast.models.frozen import default_image_px
     from dinov2_fast.train.student_teacher import build_student_teacher
@@ -226,10 +237,10 @@ def _measure_before(config: Config, images: _ImageSet) -> dict[str, float]:
     untrained = pair.teacher.backbone
     px = default_image_px(untrained)
     raw = (pixel_features(source, image_px=px) for source in (images.train, images.test))
-    pixels = _accuracies("raw_pixels", *raw)
+    pixels = accuracies("raw_pixels", *raw)
     return {
         "knn_raw_pixels": pixels["knn_raw_pixels"],
-        **_accuracies("untrained", *_features(untrained, images)),
+        **accuracies("untrained", *features_of(untrained, images)),
     }
 
 
@@ -239,13 +250,14 @@ def _load(out: Path) -> VisionTransformer:
     return load_model(out / "run", device="cpu")
 
 
-def _features(model: VisionTransformer, images: _ImageSet) -> tuple[Features, Features]:
+def features_of(model: VisionTransformer, images: ImageSet) -> tuple[Features, Features]:
+    """Features of the training and of the test part."""
     from dinov2_fast.features import extract_features
 
     return extract_features(model, images.train), extract_features(model, images.test)
 
 
-def _accuracies(name: str, train: Features, test: Features) -> dict[str, float]:
+def accuracies(name: str, train: Features, test: Features) -> dict[str, float]:
     """k-NN accuracy in percent with CLS features and with the mean of the patches."""
     from dinov2_fast.evaluation.knn import knn_accuracy
 
@@ -263,7 +275,7 @@ def _write_report(
     out: Path,
     config: Config,
     model: VisionTransformer,
-    images: _ImageSet,
+    images: ImageSet,
     features: tuple[Features, Features],
     summary: dict[str, Any],
     photographs: dict[str, Path],
