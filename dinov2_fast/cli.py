@@ -191,12 +191,26 @@ def _add_feature_options(parser: argparse.ArgumentParser) -> None:
         "--image-px", type=int, help="side of the square the network sees (default: the model's)"
     )
     parser.add_argument(
+        "--resize-px",
+        type=int,
+        help="side the shorter edge is resized to before the centre crop "
+        "(default: 8/7 of --image-px from 224 on, --image-px below)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=64, help="images per forward (default 64)"
     )
     parser.add_argument(
-        "--num-workers", type=int, default=-1, help="loader processes (default: one per free core)"
+        "--num-workers", type=int, default=-1, help="threads that decode (default: one per core)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the network"
+    )
+
+
+def _feature_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("image_px", "resize_px", "batch_size", "num_workers", "device", "precision")
+    return {name: getattr(options, name) for name in names}
 
 
 def _add_convert(verbs: Any) -> None:
@@ -273,10 +287,7 @@ def _eval_knn(options: argparse.Namespace, rest: list[str]) -> int:
         data=options.data,
         train=options.train,
         test=options.test,
-        image_px=options.image_px,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=options.device,
+        **_feature_options(options),
     )
     print(json.dumps(result) if options.json else knn.format_result(result))
     return 0
@@ -289,10 +300,7 @@ def _embed(options: argparse.Namespace, rest: list[str]) -> int:
         options.checkpoint,
         data=options.data,
         out=options.out,
-        image_px=options.image_px,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        device=options.device,
+        **_feature_options(options),
     )
     print(json.dumps(result) if options.json else f"{result['images']} images -> {options.out}")
     return 0

@@ -327,6 +327,7 @@ class TrainingLoader:
             raise RuntimeError(
                 f"TrainingLoader: workers died or hung {_MAX_REBUILDS + 1} times within an hour, "
                 f"last at step {self.next_step}: {error}; the machine may be out of memory or of "
-                "shared memory (/dev/shm): use fewer workers, --data.num-workers"
+                "shared memory (/dev/shm): use fewer workers, --data.num-workers; a script of your "
+                "own must start its work under `if __name__ == '__main__':`"
             ) from error
         self._rebuilt_at.append(now)
