@@ -1,7 +1,7 @@
 """The command line: verbs and their arguments, no logic of their own.
 
 Exit codes: 0 done, 1 unexpected error, 2 usage or configuration, 3 data, 4 numerics,
-5 checkpoint, 6 out of GPU memory, 7 output, 75 stopped by SIGTERM after saving, 130 by Ctrl-C.
+5 checkpoint, 6 out of memory, 7 output, 75 stopped by SIGTERM after saving, 130 by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinov2_fast.config import Config, load_config, preset_names
+from dinov2_fast.config import Config, load_config, nearest_name, preset_names, to_dict
 from dinov2_fast.errors import ConfigError, UserError
 
 
@@ -53,10 +53,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Say what failed in one line and keep the traceback in a file."""
-    if type(error).__name__ == "OutOfMemoryError":
+    # torch has no type of its own for the CPU's.
+    on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    if on_cpu or type(error).__name__ == "OutOfMemoryError":
         print(
-            f"error: out of GPU memory: {error}\n"
-            "Smaller --batch-size, smaller crops or --run.precision bf16 need less.",
+            f"error: out of {'' if on_cpu else 'GPU '}memory: {error}\n"
+            "Smaller --batch-size, smaller crops, fewer prototypes or --run.precision bf16 need "
+            "less; train --dry-run says what a run holds all the time.",
             file=sys.stderr,
         )
         return 6
@@ -94,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _folder(text: str) -> Path:
+    """A folder to write into; an empty word, as an unset shell variable gives, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
+
+
 def _add_train(verbs: Any) -> None:
     train = verbs.add_parser(
         "train",
@@ -111,7 +121,7 @@ def _add_train(verbs: Any) -> None:
         "--data", metavar="PATH", help="folder of images, list of files, tar or folder of tars"
     )
     train.add_argument(
-        "--out", type=Path, metavar="OUT", help="run directory; made if missing, resumed if not"
+        "--out", type=_folder, metavar="OUT", help="run directory; made if missing, resumed if not"
     )
     train.add_argument(
         "--steps", type=int, help="optimizer steps; all schedules are shares of them"
@@ -133,7 +143,7 @@ def _add_demo(verbs: Any) -> None:
     )
     demo.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         required=True,
         metavar="OUT",
         help="folder for images, run and report.html",
@@ -221,7 +231,7 @@ def _add_convert(verbs: Any) -> None:
         "source",
         type=Path,
         metavar="IN",
-        help="weights of any known layout, recognised by their keys",
+        help="weights of any known layout, recognised by their keys, or a run directory",
     )
     convert.add_argument(
         "target", type=Path, metavar="OUT", help=".safetensors, .pth, or a folder for --to hf"
@@ -254,7 +264,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Config:
     import tyro
 
     config = load_config(options.config)
-    words = ["--help"] if options.settings else rest
+    words = ["--help"] if options.settings else _setting_words(rest, config)
     config = tyro.cli(
         Config,
         prog=f"dinov2-fast train {options.config}",
@@ -270,6 +280,39 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Config:
         "run.device": options.device,
     }
     return config.updated({key: value for key, value in short.items() if value is not None})
+
+
+def _setting_words(rest: list[str], config: Config) -> list[str]:
+    """The words for tyro: unknown names are refused in one line, `--switch false` is understood."""
+    keys = _setting_types(to_dict(config))
+    short = ["data", "out", "steps", "seed", "batch-size", "device", "dry-run", "settings"]
+    words: list[str] = []
+    for word in (part for w in rest for part in (w.split("=", 1) if w[:2] == "--" else [w])):
+        name = words[-1] if words else ""
+        if keys.get(_key(name)) is bool and word.lower() in ("true", "false"):
+            section, _, last = name.rpartition(".")
+            words[-1] = name if word.lower() == "true" else f"{section}.no-{last}"
+            continue
+        if word.startswith("--") and _key(word).replace(".no_", ".") not in keys:
+            known = [f"--{key.replace('_', '-')}" for key in [*short, *keys]]
+            nearest = nearest_name(word.replace("_", "-"), known)
+            raise ConfigError(f"train: unknown option {word}{nearest}; CONFIG --settings lists all")
+        words.append(word)
+    return words
+
+
+def _key(option: str) -> str:
+    """The setting that an option's name stands for."""
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _setting_types(values: dict[str, Any], prefix: str = "") -> dict[str, type]:
+    """Dotted keys of nested settings and the types of their values."""
+    found: dict[str, type] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= _setting_types(value, f"{prefix}{key}.") if nested else {prefix + key: type(value)}
+    return found
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
@@ -302,14 +345,18 @@ def _embed(options: argparse.Namespace, rest: list[str]) -> int:
         out=options.out,
         **_feature_options(options),
     )
-    print(json.dumps(result) if options.json else f"{result['images']} images -> {options.out}")
+    left_out = len(result["unreadable"])
+    note = f"; {left_out} unreadable, listed in {result['names']}" if left_out else ""
+    text = f"{result['images']} images -> {options.out}{note}"
+    print(json.dumps(result) if options.json else text)
     return 0
 
 
 def _convert(options: argparse.Namespace, rest: list[str]) -> int:
+    from dinov2_fast.models.frozen import find_weights
     from dinov2_fast.models.pretrained import convert_file
 
-    print(convert_file(options.source, options.target, to=options.to))
+    print(convert_file(find_weights(options.source), options.target, to=options.to))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses in the order in which a run reads them.
 
-A YAML file holds only differences from these defaults, which are official DINOv2's; the command
-line overrides the file (`--optimizer.base-lr 2e-4`).
+A YAML file holds only differences from these defaults, which are official DINOv2's except for the
+paper's Sinkhorn-Knopp; the command line overrides the file (`--optimizer.base-lr 2e-4`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DataConfig:
 
     path: str = ""
     """Folder (searched recursively), text file listing images, tar file or folder of tar files."""
-    num_workers: int = -1
+    num_workers: Annotated[int, Bounds("at least -1", lambda value: value >= -1)] = -1
     """Loader processes; 0 decodes in the main process, -1 takes one per free core."""
     prefetch_batches: Count = 2
     """Batches each worker keeps ready."""
@@ -254,7 +254,7 @@ class Config:
     """A whole pretraining run."""
 
     recipe: Literal["official", "paper"] = "official"
-    """official repeats the published training code, quirks included; paper follows the text."""
+    """Blur and KoLeo crops: official as in the published training code, paper as in its text."""
     data: DataConfig = field(default_factory=DataConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
@@ -298,7 +298,7 @@ def load_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> C
     if name_or_path not in preset_names():
         path = Path(name_or_path)
         if not path.is_file():
-            nearest = _nearest(name_or_path, preset_names())
+            nearest = nearest_name(name_or_path, preset_names())
             raise ConfigError(
                 f"config: no preset or file named {name_or_path!r}{nearest}; "
                 f"presets are {', '.join(preset_names())}"
@@ -306,7 +306,8 @@ def load_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> C
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {error}") from error
+        words = " ".join(str(error).split())  # the parser draws over several lines
+        raise ConfigError(f"config: {path} is not valid YAML: {words}") from error
     return _updated(Config(), values or {}, "").updated(overrides or {})
 
 
@@ -344,7 +345,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _updated(config: Any, values: Any, prefix: str) -> Any:
-    """A copy of a dataclass with a nested mapping of differences applied and checked."""
+    """A copy of a dataclass with nested differences applied; an empty section has none."""
     if not isinstance(values, dict):
         raise ConfigError(
             f"config: {prefix.rstrip('.') or 'the file'} must be a mapping, got {values!r}"
@@ -353,11 +354,11 @@ def _updated(config: Any, values: Any, prefix: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in cast("dict[str, Any]", values).items():
         if key not in hints:
-            nearest, known = _nearest(str(key), list(hints)), ", ".join(hints)
+            nearest, known = nearest_name(str(key), list(hints)), ", ".join(hints)
             raise ConfigError(f"config: unknown key {prefix}{key}{nearest}; known: {known}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
-            changes[key] = _updated(current, value, f"{prefix}{key}.")
+            changes[key] = _updated(current, {} if value is None else value, f"{prefix}{key}.")
         else:
             changes[key] = _converted(value, hints[key], f"{prefix}{key}")
     return dataclasses.replace(config, **changes)
@@ -386,15 +387,13 @@ def _converted(value: Any, kind: Any, key: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if (
-        kind is not float
-        and isinstance(value, kind)
-        and not (kind is int and isinstance(value, bool))
-    ):
+    is_switch = kind is int and isinstance(value, bool)  # Python counts those among integers
+    if kind is not float and isinstance(value, kind) and not is_switch:
         return value
     raise ConfigError(f"config: {key} must be {kind.__name__}, got {value!r}")
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest_name(name: str, known: list[str]) -> str:
+    """` (did you mean NAME?)` with the known name closest to another, or nothing."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return "".join(f" (did you mean {match}?)" for match in matches)

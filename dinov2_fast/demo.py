@@ -89,6 +89,9 @@ def run_demo(
     photographs = find_photographs()
     config = _config(out, seed, steps, overrides)
     _refuse_another_seed(out, seed)
+    from dinov2_fast.data.loader import start_fork_server
+
+    start_fork_server()  # its imports run while the images are cut
     images = _make_images(photographs, out, seed)
     print(
         f"{images.num_photographs} photographs cut into {len(images.train)} training crops (left "

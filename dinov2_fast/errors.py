@@ -41,3 +41,5 @@ class OutputError(UserError):
 
 class BackendUnavailable(UserError):
     """An explicitly chosen backend cannot run this op here; the message says why and what can."""
+
+    exit_code = 2

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov2_fast.config import DataConfig
 from dinov2_fast.errors import ConfigError, DataError, OutputError
-from dinov2_fast.models.frozen import default_image_px, default_resize_px, load_model
+from dinov2_fast.models.frozen import default_image_px, default_resize_px, find_weights, load_model
 
 if TYPE_CHECKING:
     from dinov2_fast.data.image_source import ImageSource
@@ -241,6 +241,8 @@ def embed(
     from dinov2_fast.data.datasets import open_images
 
     side = _side_file(out)  # a wrong name is said before the work, not after it
+    if out.exists() and out.samefile(find_weights(checkpoint)):
+        raise ConfigError(f"embed: {out} holds the weights in use; choose another --out")
     model = load_model(checkpoint, device=device)
     features = extract_features(
         model,

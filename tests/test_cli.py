@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dinov2_fast import cli
-from dinov2_fast.errors import ConfigError, NumericsError
+from dinov2_fast.errors import BackendUnavailable, ConfigError, NumericsError
 
 
 def test_python_dash_m_and_the_console_script_are_the_same_program():
@@ -52,12 +52,19 @@ def test_settings_lists_every_setting_with_its_meaning(capsys):
         (["trian"], "invalid choice: 'trian'"),
         (["train", "vits41", "--data", "x", "--out", "y"], "did you mean vits14?"),
         (["train", "debug", "--data", "x", "--out", "y", "--model.dpeth", "3"], "--model.depth"),
+        (["train", "debug", "--stepz=3"], "unknown option --stepz (did you mean --steps?)"),
+        (["train", "debug", "--optimizer.base_lrr", "3"], "did you mean --optimizer.base-lr?"),
+        (["train", "debug", "--dry-run", "--crops.local-px", "30"], "crops.local_px must be"),
+        (["train", "debug", "--dry-run", "--crops.global-px", "57"], "use 56 or 70"),
+        (["train", "debug", "--data.num-workers", "-2"], "data.num_workers must be at least -1"),
+        (["eval", "knn", "run"], "--data DIR"),
         (
             ["train", "debug", "--data", "x", "--out", "y", "--batch-size", "0"],
             "run.batch_size must be",
         ),
         (["train", "debug", "--out", "y"], "add --data PATH"),
         (["train", "debug", "--data", "x"], "add --out OUT"),
+        (["train", "debug", "--data", "x", "--out", ""], "expected a folder, got an empty name"),
         (["doctor", "--jsn"], "unrecognized arguments: --jsn"),
         (["convert", "a.pth", "b.pth"], "--to"),
     ],
@@ -67,6 +74,32 @@ def test_usage_mistakes_exit_2_and_name_the_way_out(words, expected, capsys):
     captured = capsys.readouterr()
     assert expected in captured.err + captured.out
     assert "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--loss.separate-ibot-head"], "true"),
+        (["--loss.separate-ibot-head", "True"], "true"),
+        (["--loss.separate_ibot_head=true"], "true"),
+        (["--loss.separate-ibot-head", "false"], "false"),
+        (["--loss.no-separate-ibot-head"], "false"),
+    ],
+)
+def test_a_switch_takes_a_value_like_any_other_setting(words, expected, capsys):
+    assert cli.run(["train", "debug", "--dry-run", *words, "--optimizer.base_lr=2e-4"]) == 0
+    text = capsys.readouterr().out
+    assert f"separate_ibot_head: {expected}" in text
+    assert "base_lr: 0.0002" in text
+
+
+def test_running_out_of_the_cpus_memory_exits_6(capsys, monkeypatch):
+    def fail(options, rest):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.run(["doctor"]) == 6
+    assert "error: out of memory: " in capsys.readouterr().err
 
 
 def test_a_missing_data_folder_exits_3(tmp_path, capsys):
@@ -91,7 +124,12 @@ def test_dry_run_prints_settings_parameters_and_steps(capsys):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ConfigError("no"), 2), (NumericsError("no"), 4), (KeyboardInterrupt(), 130)],
+    [
+        (ConfigError("no"), 2),
+        (BackendUnavailable("no"), 2),
+        (NumericsError("no"), 4),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_errors_become_exit_codes_without_tracebacks(error, code, monkeypatch, capsys):
     def fail(options, rest):

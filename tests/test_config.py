@@ -117,3 +117,13 @@ def test_any_value_gives_a_valid_configuration_or_a_config_error(key, value):
     except ConfigError:
         return
     assert yaml.safe_load(to_yaml(config)) is not None
+
+
+def test_a_section_without_lines_changes_nothing_and_a_syntax_error_takes_one_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimizer:\n  # base_lr: 1\n", encoding="utf-8")
+    assert load_config(str(path)) == Config()
+    path.write_text("crops: [1,\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML") as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)

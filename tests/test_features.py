@@ -246,6 +246,17 @@ def test_embed_says_a_wrong_file_name_before_any_work(folder: Path, tmp_path: Pa
         embed(tmp_path / "missing.pth", data=folder, out=tmp_path / "f.npz")
 
 
+def test_embed_never_replaces_the_weights_it_reads(model, folder: Path, tmp_path: Path):
+    weights = tmp_path / "run" / "teacher.safetensors"
+    weights.parent.mkdir()
+    save_backbone(model, weights)
+    before = weights.read_bytes()
+    for checkpoint in (weights, weights.parent):
+        with pytest.raises(ConfigError, match="choose another --out"):
+            embed(checkpoint, data=folder, out=weights, device="cpu", num_workers=0)
+    assert weights.read_bytes() == before
+
+
 def test_an_output_folder_that_is_a_file_is_an_output_error(model, folder: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     features = extract_features(model, open_images(folder))

@@ -34,7 +34,9 @@ def test_a_preset_holds_only_differences_from_the_defaults(name):
 @pytest.mark.parametrize("name", ["vits14", "vitb14"])
 def test_small_presets_are_the_official_default_configuration(name):
     config = load_config(name)
-    assert config == Config().updated({"model.arch": name})
+    # The file of official defaults says "centering"; only those of L and g say Sinkhorn-Knopp.
+    changes = {"model.arch": name, "loss.centering": "softmax_centering"}
+    assert config == Config().updated(changes)
     assert (config.model.drop_ratio, config.loss.separate_ibot_head) == (0.3, False)
     assert config.loss.dino_head.num_prototypes == 65536
     assert config.schedule.total_steps == 100 * 1250
@@ -56,6 +58,7 @@ def test_large_presets_have_the_values_of_the_paper_and_of_official_training(nam
     assert config.optimizer.layer_decay == 1.0
     loss = config.loss
     assert loss.separate_ibot_head
+    assert loss.centering == "sinkhorn_knopp"
     assert (loss.dino_head.num_prototypes, loss.dino_head.bottleneck_dim) == (131072, 384)
     assert (loss.ibot_head.num_prototypes, loss.ibot_head.bottleneck_dim) == (131072, 256)
 

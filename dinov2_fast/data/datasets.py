@@ -36,7 +36,8 @@ def open_images(path: str | os.PathLike[str]) -> ImageSource:
     try:
         mode = root.stat().st_mode
     except (OSError, ValueError) as error:
-        raise DataError(f"data: cannot open {printable(str(root))}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data: cannot open {printable(str(root))}: {reason}") from error
     if stat.S_ISDIR(mode):
         return _open_folder(root)
     if not stat.S_ISREG(mode):

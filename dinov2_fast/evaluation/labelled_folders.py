@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2_fast.data.datasets import open_images
 from dinov2_fast.data.image_source import ImageSource
-from dinov2_fast.errors import DataError
+from dinov2_fast.errors import ConfigError, DataError
 from dinov2_fast.features import Features
 
 TEST_FOLDERS = ("test", "val")
@@ -38,15 +38,18 @@ def find_folders(
         test: judged images, only with `train`.
 
     Raises:
-        DataError: neither or both ways are used, or `data` has train/ alone.
+        ConfigError: neither or both ways are used.
+        DataError: `data` has train/ alone.
     """
     if (data is None) == (train is None):
-        raise DataError("eval knn: give either --data DIR, or --train DIR and --test DIR")
+        raise ConfigError("eval knn: give either --data DIR, or --train DIR and --test DIR")
     if train is not None:
         return train, test
     assert data is not None
     if test is not None:
-        raise DataError("eval knn: --test goes with --train; --data DIR finds DIR/test or DIR/val")
+        raise ConfigError(
+            "eval knn: --test goes with --train; --data DIR finds DIR/test or DIR/val"
+        )
     if not (data / "train").is_dir():
         return data, None
     for name in TEST_FOLDERS:

@@ -110,7 +110,8 @@ def create_model(
     if device is not None and torch.device(device).type == "meta":
         return model
     # Drawn once: built on the CPU, every layer would first draw torch's own initial weights.
-    model = model.to_empty(device="cpu")
+    # Not by to_empty, whose empty_like of a meta tensor imports sympy, two seconds of it.
+    model = model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
     model.reset_parameters()
     return model if device is None else model.to(device)
 

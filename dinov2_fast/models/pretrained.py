@@ -179,7 +179,8 @@ def convert_file(
     Args:
         source: see `load_weights`; the layout is recognised by its keys.
         target: `official`: .safetensors or .pth; `timm`: .safetensors; `hf`: .safetensors, or a
-            folder (a name without suffix) that transformers loads. Replaced if it exists.
+            folder (a name without suffix) that transformers loads. Replaced if it exists,
+            unless it is the source, since a layout may leave something out.
         to: layout to write.
     Returns:
         What was found and done.
@@ -196,6 +197,8 @@ def convert_file(
     if target.suffix not in allowed:
         wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in allowed)
         raise ConfigError(f"convert: expected OUT with {wanted} for --to {to}, got {target.name}")
+    if source.exists() and target.exists() and target.samefile(source):
+        raise ConfigError(f"convert: {source} would be replaced by its copy; choose another OUT")
     file = read_weight_file(source)
     layout = detect_format(file.state)
     official = to_official(file.state)

@@ -112,7 +112,8 @@ class VisionTransformer(nn.Module):
             for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim)
-        self.reset_parameters()
+        if not self.cls_token.is_meta:  # nothing to draw, and drawing it imports torch's compiler
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew from torch's global generator."""

@@ -21,7 +21,7 @@ from dinov2_fast.losses.dino import dino_loss
 from dinov2_fast.losses.ibot import ibot_loss
 from dinov2_fast.losses.koleo import koleo_loss
 from dinov2_fast.losses.targets import SoftTargets, build_centering
-from dinov2_fast.models.presets import create_model
+from dinov2_fast.models.presets import ARCHITECTURES, create_model
 from dinov2_fast.models.vision_transformer import VisionTransformer
 from dinov2_fast.nn.head import DINOHead
 
@@ -297,10 +297,25 @@ def teacher_state_official(pair: StudentTeacher, *, heads: bool = False) -> dict
     return {name: value.detach().to("cpu", torch.float32) for name, value in state.items()}
 
 
+def _check_crops(config: ModelConfig, crops: CropConfig) -> None:
+    """Refuse crops that cannot be cut into patches, naming the settings and the nearest sides."""
+    preset = ARCHITECTURES.get(config.arch)  # an unknown name is said by `create_model`
+    patch = config.patch_size or (preset.patch_size if preset else 1)
+    for key, px in (("global_px", crops.global_px), ("local_px", crops.local_px)):
+        if px % patch:
+            below = px - px % patch
+            ways = " or ".join(str(side) for side in (below, below + patch) if side)
+            raise ConfigError(
+                f"config: crops.{key} must be a multiple of the patch size {patch}, got {px}; "
+                f"use {ways}"
+            )
+
+
 def _sub_networks(
     config: ModelConfig, loss: LossConfig, crops: CropConfig, *, device: str
 ) -> dict[str, nn.Module]:
     """The backbone, and the heads that some term of the loss uses."""
+    _check_crops(config, crops)
     backbone = create_model(
         config.arch,
         image_px=crops.global_px,

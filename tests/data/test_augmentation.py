@@ -71,6 +71,21 @@ def test_every_operation_happens_as_often_as_the_recipe_says(recipe, blur, rates
         assert_rate(sum(crop.solarize for crop in drawn), number, solarize_rate)
 
 
+def test_global_and_local_crops_cover_the_shares_of_their_own_scale():
+    multi_crop = MultiCrop(CropConfig(num_local=2))
+    draws = [multi_crop.draw((500, 500), seed) for seed in range(500)]
+    for drawn, (low, high) in (
+        ([draw[0] for draw in draws], (0.32, 1.0)),
+        ([draw[1] for draw in draws], (0.32, 1.0)),
+        ([crop for draw in draws for crop in draw[2:]], (0.05, 0.32)),
+    ):
+        boxes = np.array([crop.box for crop in drawn])
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / 500**2
+        # Sides are rounded to pixels; misfits make large areas rarer than small ones.
+        assert low - 0.01 < areas.min() < low + 0.1 * (high - low)
+        assert high - 0.15 * (high - low) < areas.max() < high + 0.01
+
+
 def test_operations_are_drawn_independently_of_each_other():
     multi_crop = MultiCrop(CropConfig(num_local=0))
     drawn = [multi_crop.draw((500, 375), seed)[1] for seed in range(NUM_DRAWS)]

@@ -140,6 +140,39 @@ def test_a_block_is_a_full_rectangle_smaller_than_the_grid_on_both_sides():
     assert {(1, 1), (5, 2), (2, 8), (3, 3)} <= sizes
 
 
+def test_the_smallest_block_has_an_area_of_4_before_rounding():
+    maker, rng, sizes = BlockMasks((8, 8), num_crops=2), Random(0), set()
+    for _ in range(300):
+        bits = maker._add_block(rng, 0, 4)
+        cells = [divmod(patch, 8) for patch in range(64) if bits >> patch & 1]
+        sizes.add((len({row for row, _ in cells}), len({column for _, column in cells})))
+    # Sides sqrt(4 a) and sqrt(4 / a), 0.3 <= a <= 1 / 0.3, rounded; products above 4 are refused.
+    assert sizes - {(0, 0)} == {(1, 3), (1, 4), (2, 2), (3, 1), (4, 1)}
+
+
+def test_no_block_adds_more_than_the_cap(monkeypatch):
+    maker, added = BlockMasks((16, 16), num_crops=2), []
+    original = BlockMasks._add_block
+
+    def add_block(self, rng, mask, max_new):
+        added.append(max_new)
+        return original(self, rng, mask, max_new)
+
+    monkeypatch.setattr(BlockMasks, "_add_block", add_block)
+    maker._draw(Random(0), 250)
+    assert added[0] == max(added) == 128
+
+
+def test_the_ratio_is_drawn_uniformly_inside_of_its_part():
+    # One masked crop: its part is the whole range of 0.1 to 0.5.
+    maker = BlockMasks((16, 16), num_crops=2)
+    shares = torch.tensor([int(maker(seed).sum()) / 256 for seed in range(400)])
+    quarters = torch.histc(shares, bins=4, min=0.09, max=0.5)
+    # 100 expected in each; 6 standard deviations of a binomial are 52.
+    assert int(quarters.sum()) == 400
+    assert bool((quarters > 48).all())
+
+
 def test_a_block_counts_only_patches_it_adds():
     maker, rng = BlockMasks((8, 8), num_crops=2), Random(0)
     for _ in range(500):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from dinov2_fast.errors import DataError, NumericsError
+from dinov2_fast.errors import ConfigError, DataError, NumericsError
 from dinov2_fast.evaluation import knn
 from dinov2_fast.models.presets import create_model
 from dinov2_fast.models.pretrained import save_backbone
@@ -272,5 +272,6 @@ def test_folders_that_make_no_sense_are_explained(
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "a.png")
     paths = {key: tmp_path / name for key, name in folders.items()}
-    with pytest.raises(DataError, match=words):
+    with pytest.raises((ConfigError, DataError), match=words) as caught:
         knn.evaluate_knn(weights, num_workers=0, device="cpu", **paths)
+    assert isinstance(caught.value, ConfigError) == ("--" in words)  # usage, or the data

@@ -113,6 +113,12 @@ def test_a_zero_token_gives_zero_scores_not_nan():
         assert torch.equal(scores, torch.zeros(2, 12, dtype=dtype))
 
 
+def test_the_length_of_a_token_does_not_matter_however_short_it_is():
+    head = DINOHead(4, 6, bottleneck_dim=4, num_layers=1)
+    x = randn(3, 4)
+    torch.testing.assert_close(head(x * 1e-8), head(x))
+
+
 def test_reset_draws_all_parameters_anew():
     head = small()
     for parameter in head.parameters():

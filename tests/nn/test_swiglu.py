@@ -20,6 +20,10 @@ def test_hidden_width_is_two_thirds_rounded_up_to_eight(dim, hidden):
     assert swiglu_hidden_features(4 * dim) == hidden
 
 
+def test_two_thirds_are_truncated_before_they_are_rounded_up():
+    assert swiglu_hidden_features(13) == 8  # 8.67, which no width of 4 C comes to
+
+
 def test_keys_and_widths():
     shapes = {key: tuple(v.shape) for key, v in SwiGLUFFN(64, 256).state_dict().items()}
 
