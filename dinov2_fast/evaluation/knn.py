@@ -186,6 +186,7 @@ def evaluate_knn(
         always naming the most frequent class (`majority`), sizes, speed, unreadable images.
 
     Raises:
+        ConfigError: folders named in a way that does not fit together.
         DataError: no such folder, no labels, or no class in common.
         CheckpointError: weights that cannot be loaded.
     """

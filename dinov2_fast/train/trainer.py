@@ -107,6 +107,11 @@ def train(
             progress.message(f"stopped at step {session.step}, as run.stop_step says")
             return {"finished": False, "steps": session.step}
         summary = finish_session(session)
+        if summary["unreadable_images"]:
+            progress.message(
+                f"{summary['unreadable_images']} unreadable images were replaced by others; "
+                f"see {files.quarantine}"
+            )
         progress.message(f"finished: {files.teacher}")
         return summary
 

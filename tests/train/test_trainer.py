@@ -344,7 +344,7 @@ def test_a_metrics_file_that_cannot_be_written_ends_the_run_with_code_7(tmp_path
         train(config, tmp_path)
 
 
-def test_too_many_unreadable_images_end_the_run_with_code_3_after_saving(tmp_path):
+def test_too_many_unreadable_images_end_the_run_with_code_3_after_saving(tmp_path, capsys):
     data = write_pictures(tmp_path / "pictures")
     for index in range(4):
         (data / f"{index:02d}.png").write_bytes(b"not a picture")
@@ -358,6 +358,7 @@ def test_too_many_unreadable_images_end_the_run_with_code_3_after_saving(tmp_pat
     # The way out that the message names works, and the run goes on from where it stopped.
     summary = train(config.updated({"data.max_bad_ratio": 1.0}), tmp_path / "out")
     assert (summary["steps"], summary["unreadable_images"]) == (9, 4)
+    assert "4 unreadable images were replaced by others" in capsys.readouterr().out
 
 
 def test_settings_that_make_no_network_or_crops_are_told_as_settings(tmp_path, config):
