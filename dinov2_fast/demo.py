@@ -91,7 +91,8 @@ def run_demo(
     _refuse_another_seed(out, seed)
     from dinov2_fast.data.loader import start_fork_server
 
-    start_fork_server()  # its imports run while the images are cut
+    if config.data.num_workers:
+        start_fork_server()  # its imports run while the images are cut and measured
     images = _make_images(photographs, out, seed)
     print(
         f"{images.num_photographs} photographs cut into {len(images.train)} training crops (left "

@@ -16,7 +16,7 @@ from dinov2_fast.config import Config
 from dinov2_fast.data.collate import Batch
 from dinov2_fast.data.datasets import open_images
 from dinov2_fast.data.image_source import ImageSource
-from dinov2_fast.data.loader import TrainingLoader, start_fork_server
+from dinov2_fast.data.loader import TrainingLoader
 from dinov2_fast.data.seeding import DROPPED_SAMPLES, derive_seed
 from dinov2_fast.distributed import all_reduce_mean
 from dinov2_fast.errors import ConfigError, UserError
@@ -92,8 +92,6 @@ def train(
         if summary is not None:
             progress.message(f"{out} holds this run, finished at step {total_steps}; nothing to do")
             return summary
-        if config.data.num_workers:
-            start_fork_server()  # its imports run while the networks are built
         source = open_images(config.data.path)
         session = open_session(config, place, files, progress, source)
         resume_session(session, resume=resume)
