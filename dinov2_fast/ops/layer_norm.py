@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +37,53 @@ def layer_norm_reference(
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
 
 
+def layer_norm_forward_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    rows: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm_forward` in plain PyTorch: the specification."""
+    wide = accumulation_dtype(x)
+    selected = (x if rows is None else x.index_select(0, rows)).to(wide)  # [R, C]
+    variance, mean = torch.var_mean(selected, dim=1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)  # [R, 1]
+    y = (selected - mean) * rstd * weight + bias
+    return y.to(out_dtype or x.dtype), rstd.squeeze(1).to(wide)
+
+
+def layer_norm_backward_reference_(
+    dx: Tensor,
+    dy: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    rows: Tensor | None = None,
+    normalised: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm_backward_` in plain PyTorch: the specification."""
+    wide = accumulation_dtype(dx, rstd)
+    if normalised is None:
+        x_hat = (y.to(wide) - bias) / weight  # [R, C]
+    else:
+        x_hat = normalised.to(wide)
+    incoming = dy.to(wide)
+    g = incoming * weight
+    along = (g * x_hat).mean(dim=1, keepdim=True)  # [R, 1]
+    gradient = rstd.unsqueeze(1) * (g - g.mean(dim=1, keepdim=True) - x_hat * along)
+    if rows is None:
+        dx.add_(gradient)
+    else:
+        dx.index_add_(0, rows, gradient.to(dx.dtype))
+    dweight, dbias = (incoming * x_hat).sum(dim=0), incoming.sum(dim=0)
+    return dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -68,6 +116,97 @@ def layer_norm(
     return layer_norm_reference(x, weight, bias, eps=eps, rows=rows)
 
 
+def layer_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    rows: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The norm and what its backward needs, without autograd: for a caller with its own backward.
+
+    Args:
+        x: [T, C].
+        weight: [C], in the dtype of x or in float32.
+        bias: [C], in the dtype of weight.
+        eps: added to the variance.
+        rows: [R] int64 rows of x to normalise; None is all of them.
+        out_dtype: of y; None is that of x.
+        backend: see `backends.choose_backend`.
+    Returns:
+        y [R, C], and rstd [R], 1 / sqrt(variance + eps) in float32 (float64 for float64 x).
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as `layer_norm`.
+    """
+    _check(x, weight, bias, eps, rows)
+    choose_backend("layer_norm", x, backend)
+    return layer_norm_forward_reference(x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype)
+
+
+def layer_norm_backward_(
+    dx: Tensor,
+    dy: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    rows: Tensor | None = None,
+    normalised: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the norm's input to dx in place; without autograd.
+
+    The normalised input is rebuilt from the output, (y - bias) / weight, so that the input need
+    not be kept; see `can_rebuild`.
+
+    Args:
+        dx: [T, C]; its rows `rows` are added to.
+        dy: [R, C] gradient of y.
+        y: [R, C] output of `layer_norm_forward`; not read when `normalised` is given.
+        rstd: [R] of `layer_norm_forward`.
+        weight: [C].
+        bias: [C].
+        rows: [R] int64 rows of dx, no row twice; None is all of them.
+        normalised: [R, C] (x - mean) * rstd, used instead of rebuilding it: the forward of weight
+            1 and bias 0.
+        backend: see `backends.choose_backend`.
+    Returns:
+        Gradients of weight and bias, [C] in the dtype of weight. Kernels sum in a fixed order,
+        whatever the number of threads.
+    Raises:
+        TypeError: not floating-point tensors, or rows that are not int64.
+        ValueError: shapes or devices that do not fit, rows out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    _check_backward(dx, dy, y, rstd, weight, bias, rows, normalised)
+    choose_backend("layer_norm", dx, backend)
+    return layer_norm_backward_reference_(
+        dx, dy, y, rstd, weight, bias, rows=rows, normalised=normalised
+    )
+
+
+def can_rebuild(weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the normalised input is well-conditioned in the output: x_hat = (y - bias) / weight.
+
+    Args:
+        weight: [C].
+        bias: [C]; with it, channels whose bias outweighs 8 times the weight count as ill too:
+            y's rounding, relative to the bias, grows by that ratio.
+    Returns:
+        False if some |weight| is below 1 % of the largest (or is not finite, or 0). Waits for the
+        device.
+    """
+    size = weight.detach().abs()
+    well = (size >= 1e-2 * size.amax()) & (size > 0) & size.isfinite()
+    if bias is not None:
+        well &= bias.detach().abs() <= 8 * size
+    return bool(well.all())
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None) -> None:
     """Refuse wrong arguments."""
     check_tensor("layer_norm", "weight", weight, "C")
@@ -87,3 +226,31 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | N
         )
     if rows is not None:
         check_rows("layer_norm", "rows", rows, x.shape[0], x.device)
+
+
+def _check_backward(
+    dx: Tensor,
+    dy: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    normalised: Tensor | None,
+) -> None:
+    """Refuse wrong arguments of the backward."""
+    op = "layer_norm_backward_"
+    check_tensor(op, "weight", weight, "C")
+    check_tensor(op, "bias", bias, *weight.shape)
+    check_tensor(op, "dx", dx, "T", weight.shape[0])
+    if rows is not None:
+        check_rows(op, "rows", rows, dx.shape[0], dx.device)
+    shape = (dx if rows is None else rows).shape[0], weight.shape[0]
+    check_tensor(op, "dy", dy, *shape)
+    check_tensor(op, "y", y, *shape)
+    check_tensor(op, "rstd", rstd, shape[0])
+    if normalised is not None:
+        check_tensor(op, "normalised", normalised, *shape)
+    check_device(
+        op, dx.device, dy=dy, y=y, rstd=rstd, weight=weight, bias=bias, normalised=normalised
+    )

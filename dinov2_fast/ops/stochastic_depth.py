@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
-from dinov2_fast.ops._checks import check_device, check_rows, check_tensor
+from dinov2_fast.ops._checks import (
+    accumulation_dtype,
+    check_device,
+    check_rows,
+    check_tensor,
+)
 from dinov2_fast.packing import Pack
 
 
@@ -44,6 +49,39 @@ def scatter_add_scaled_reference(
     if gamma is not None:
         update = update * gamma
     return x.index_add(0, rows, update.to(x.dtype))
+
+
+def scatter_add_scaled_reference_(
+    x: Tensor,
+    residual: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    gamma: Tensor | None,
+) -> None:
+    """`scatter_add_scaled_` in plain PyTorch: the specification."""
+    update = residual.to(accumulation_dtype(x))  # [R, C]
+    if row_scale is not None:
+        update = update * row_scale.unsqueeze(1)
+    if gamma is not None:
+        update = update * gamma
+    if rows is None:
+        x.add_(update)
+    else:
+        x.index_add_(0, rows, update.to(x.dtype))
+
+
+def gather_scaled_reference(
+    dx: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gather_scaled` in plain PyTorch: the specification."""
+    g = (dx if rows is None else dx.index_select(0, rows)).to(accumulation_dtype(dx))  # [R, C]
+    if row_scale is not None:
+        g = g * row_scale.unsqueeze(1)
+    return g.to(out_dtype or dx.dtype), g.sum(dim=0)
 
 
 def keep_count(batch_size: int, drop_ratio: float) -> int:
@@ -156,13 +194,90 @@ def scatter_add_scaled(
         ValueError: shapes or devices that do not fit, or rows out of range.
         BackendUnavailable: the explicit backend cannot compute this call.
     """
-    op = "scatter_add_scaled"
+    _check_scatter("scatter_add_scaled", x, residual, rows, row_scale, gamma)
+    choose_backend("stochastic_depth", x, backend)
+    return scatter_add_scaled_reference(x, residual, rows, row_scale.detach(), gamma)
+
+
+def scatter_add_scaled_(
+    x: Tensor,
+    residual: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """x[rows] += residual * row_scale * gamma in place; without autograd.
+
+    Args:
+        x: [T, C] residual stream; changed.
+        residual: [R, C] output of a branch, in any floating-point type.
+        rows: [R] int64 rows of x, no row twice; None is all of them.
+        row_scale: [R] float32; None is all ones.
+        gamma: [C] LayerScale vector; None is all ones.
+        backend: see `backends.choose_backend`.
+    Raises:
+        TypeError: tensors that are not floating-point, or rows not int64.
+        ValueError: shapes or devices that do not fit, or rows out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    _check_scatter("scatter_add_scaled_", x, residual, rows, row_scale, gamma)
+    choose_backend("stochastic_depth", x, backend)
+    scatter_add_scaled_reference_(x, residual, rows, row_scale, gamma)
+
+
+def gather_scaled(
+    dx: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient that reaches a branch, dx[rows] * row_scale, and its sum; without autograd.
+
+    Args:
+        dx: [T, C] gradient of the residual stream.
+        rows: [R] int64; None is all rows.
+        row_scale: [R] float32; None is all ones.
+        out_dtype: of the rows handed back; None is that of dx.
+        backend: see `backends.choose_backend`.
+    Returns:
+        g [R, C] in out_dtype, and its column sums [C] before that rounding, in float32 (float64
+        for float64 dx). Kernels sum in a fixed order, whatever the number of threads.
+    Raises:
+        TypeError: tensors that are not floating-point, or rows not int64.
+        ValueError: shapes or devices that do not fit, or rows out of range.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    op = "gather_scaled"
+    check_tensor(op, "dx", dx, "T", "C")
+    if rows is not None:
+        check_rows(op, "rows", rows, dx.shape[0], dx.device)
+    if row_scale is not None:
+        check_tensor(op, "row_scale", row_scale, (dx if rows is None else rows).shape[0])
+    check_device(op, dx.device, row_scale=row_scale)
+    choose_backend("stochastic_depth", dx, backend)
+    return gather_scaled_reference(dx, rows, row_scale, out_dtype=out_dtype)
+
+
+def _check_scatter(
+    op: str,
+    x: Tensor,
+    residual: Tensor,
+    rows: Tensor | None,
+    row_scale: Tensor | None,
+    gamma: Tensor | None,
+) -> None:
+    """Refuse wrong arguments of the scatter."""
     check_tensor(op, "x", x, "T", "C")
-    check_rows(op, "rows", rows, x.shape[0], x.device)
-    check_tensor(op, "residual", residual, rows.shape[0], x.shape[1])
-    check_tensor(op, "row_scale", row_scale, rows.shape[0])
+    if rows is not None:
+        check_rows(op, "rows", rows, x.shape[0], x.device)
+    num_rows = (x if rows is None else rows).shape[0]
+    check_tensor(op, "residual", residual, num_rows, x.shape[1])
+    if row_scale is not None:
+        check_tensor(op, "row_scale", row_scale, num_rows)
     if gamma is not None:
         check_tensor(op, "gamma", gamma, x.shape[1])
     check_device(op, x.device, residual=residual, row_scale=row_scale, gamma=gamma)
-    choose_backend("stochastic_depth", x, backend)
-    return scatter_add_scaled_reference(x, residual, rows, row_scale.detach(), gamma)
