@@ -25,8 +25,8 @@ _REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _REFERENCE_ONLY,
-    "stochastic_depth": _REFERENCE_ONLY,
-    "layer_norm": _REFERENCE_ONLY,
+    "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
     "sinkhorn": _REFERENCE_ONLY,
@@ -37,6 +37,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
 DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
+    ("stochastic_depth", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
 }

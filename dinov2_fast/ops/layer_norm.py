@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,13 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
+from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._layer_norm_native import (
+    backward_of_input_cpu,
+    backward_of_output_cpu,
+    forward_cpu,
+)
+from dinov2_fast.ops._native_rows import adjacent_columns, refusals, refuse_overlap
 
 
 def layer_norm_reference(
@@ -68,10 +77,7 @@ def layer_norm_backward_reference_(
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm_backward_` in plain PyTorch: the specification."""
     wide = accumulation_dtype(dx, rstd)
-    if normalised is None:
-        x_hat = (y.to(wide) - bias) / weight  # [R, C]
-    else:
-        x_hat = normalised.to(wide)
+    x_hat = (y.to(wide) - bias) / weight if normalised is None else normalised.to(wide)  # [R, C]
     incoming = dy.to(wide)
     g = incoming * weight
     along = (g * x_hat).mean(dim=1, keepdim=True)  # [R, 1]
@@ -112,8 +118,14 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, weight, bias, eps, rows)
-    choose_backend("layer_norm", x, backend)  # raises for what has no kernel
-    return layer_norm_reference(x, weight, bias, eps=eps, rows=rows)
+    refused = _refusals(x, weight, bias, rows)
+    if x.ndim != 2 and not x.is_contiguous():
+        refused = {"native": f"x must be contiguous or [T, C], got strides {x.stride()}"}
+    if choose_backend("layer_norm", x, backend, refusals=refused) == "reference":
+        return layer_norm_reference(x, weight, bias, eps=eps, rows=rows)
+    matrix = x if x.ndim == 2 else x.view(-1, weight.shape[0])
+    y, _, _ = _forward(matrix, weight, bias, eps, rows, "native")
+    return y if x.ndim == 2 else y.view(x.shape)
 
 
 def layer_norm_forward(
@@ -142,8 +154,15 @@ def layer_norm_forward(
         TypeError, ValueError, BackendUnavailable: as `layer_norm`.
     """
     _check(x, weight, bias, eps, rows)
-    choose_backend("layer_norm", x, backend)
-    return layer_norm_forward_reference(x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype)
+    refused = _refusals(x, weight, bias, rows)
+    if out_dtype not in (None, torch.float32, torch.bfloat16):
+        refused = {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
+    if choose_backend("layer_norm", x, backend, refusals=refused) == "reference":
+        return layer_norm_forward_reference(
+            x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype
+        )
+    y, rstd, _ = forward_cpu(x, weight, bias, eps, rows, out_dtype or x.dtype, want_mean=False)
+    return y, rstd
 
 
 def layer_norm_backward_(
@@ -183,9 +202,21 @@ def layer_norm_backward_(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     _check_backward(dx, dy, y, rstd, weight, bias, rows, normalised)
-    choose_backend("layer_norm", dx, backend)
-    return layer_norm_backward_reference_(
-        dx, dy, y, rstd, weight, bias, rows=rows, normalised=normalised
+    source = y if normalised is None else normalised
+    refused = (
+        refusals(
+            {"dx": dx, "dy": dy, "source": source},
+            {"rstd": rstd, "weight": weight, "bias": bias, "rows": rows},
+        )
+        | refusals({"weight": weight, "bias": bias, "rstd": rstd}, {})
+        | refuse_overlap("dx", dx)
+    )
+    if choose_backend("layer_norm", dx, backend, refusals=refused) == "reference":
+        return layer_norm_backward_reference_(
+            dx, dy, y, rstd, weight, bias, rows=rows, normalised=normalised
+        )
+    return backward_of_output_cpu(
+        dx, dy, source, rstd, weight, bias, rows, normalised=normalised is not None
     )
 
 
@@ -254,3 +285,72 @@ def _check_backward(
     check_device(
         op, dx.device, dy=dy, y=y, rstd=rstd, weight=weight, bias=bias, normalised=normalised
     )
+
+
+def _refusals(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> dict[str, str]:
+    """Why the kernels cannot take the arguments of a forward, or nothing."""
+    return refusals({"x": x}, {"weight": weight, "bias": bias, "rows": rows})
+
+
+def _forward_native_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward: y in the dtype of x, mean and rstd."""
+    y, rstd, mean = forward_cpu(x, weight, bias, eps, rows, x.dtype, want_mean=True)
+    assert mean is not None
+    return y, mean, rstd
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = (x if rows is None else rows).shape[0]
+    statistics = [x.new_empty(num_rows, dtype=torch.float32) for _ in range(2)]
+    return x.new_empty(num_rows, x.shape[1]), statistics[0], statistics[1]
+
+
+def _backward_native_cpu(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    dx, dweight, dbias = backward_of_input_cpu(adjacent_columns(dy), x, weight, mean, rstd, rows)
+    if rows is not None:  # a row may be selected twice
+        dx = x.new_zeros(x.shape).index_add_(0, rows, dx)
+    return dx, dweight, dbias
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the input and two numbers a row."""
+    x, weight, _, _, rows, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, mean, rstd, rows)
+
+
+def _gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, bias, eps, rows, backend)."""
+    x, weight, mean, rstd, rows = ctx.saved_tensors
+    gradients = _backward(dy, x, weight, mean, rstd, rows, ctx.backend)
+    return *gradients, None, None, None
+
+
+_backward = declare(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    "Tensor? rows, str backend) -> (Tensor, Tensor, Tensor)",
+    kernels={("native", "cpu"): _backward_native_cpu},
+    fake=_backward_fake,
+)
+_forward = declare(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? rows, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    kernels={("native", "cpu"): _forward_native_cpu},
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
+)

@@ -1,0 +1,274 @@
+// Layer normalisation on the CPU, of all rows or of a selection, and its gradient.
+#include "check.hpp"
+#include "cpu/level.hpp"
+#include "cpu/rows.hpp"
+#include "cpu/scalar_math.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+namespace py = pybind11;
+
+namespace dinov2_fast {
+namespace {
+
+struct Forward {
+  const void* x;       // [T, C]
+  const float* weight; // [C]
+  const float* bias;   // [C]
+  const int64_t* rows; // [R], or null: all
+  void* y;             // [R, C]
+  float* mean;         // [R], or null: not wanted
+  float* rstd;         // [R]
+  int64_t channels;
+  int64_t x_row_stride; // elements
+  int64_t y_row_stride;
+  float eps;
+};
+
+// x_hat = (source - mean - shift) * rstd * inverse: of an input with shift 0 and inverse 1; of an
+// output with shift bias and inverse 1 / weight, without mean (and then without rstd).
+struct Backward {
+  const void* dy;       // [R, C]
+  const void* source;   // [R, C], or [T, C] rows of an input
+  const float* shift;   // [C]
+  const float* inverse; // [C]
+  const float* mean;    // [R], or null
+  const float* rstd;    // [R]
+  const float* weight;  // [C]
+  const int64_t* source_rows;
+  const int64_t* dx_rows;
+  void* dx;        // [T, C] or [R, C]
+  float* partials; // [blocks, 2, C] sums for weight and bias
+  int64_t channels;
+  int64_t dy_row_stride;
+  int64_t source_row_stride;
+  int64_t dx_row_stride;
+  bool add; // to dx, instead of overwriting it
+};
+
+// Four sums at a time hide the latency of the additions.
+template <typename X>
+[[gnu::always_inline]] inline float sum_of(const X* __restrict x, int64_t count) {
+  const int64_t quarter = count / 4;
+  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < quarter; ++i) {
+    a += load(x[i]);
+    b += load(x[i + quarter]);
+    c += load(x[i + 2 * quarter]);
+    d += load(x[i + 3 * quarter]);
+  }
+  for (int64_t i = 4 * quarter; i < count; ++i)
+    a += load(x[i]);
+  return (a + b) + (c + d);
+}
+
+[[gnu::always_inline]] inline float square(float x) { return x * x; }
+
+template <typename X>
+[[gnu::always_inline]] inline float sum_of_squares(const X* __restrict x, float mean,
+                                                   int64_t count) {
+  const int64_t quarter = count / 4;
+  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < quarter; ++i) {
+    a += square(load(x[i]) - mean);
+    b += square(load(x[i + quarter]) - mean);
+    c += square(load(x[i + 2 * quarter]) - mean);
+    d += square(load(x[i + 3 * quarter]) - mean);
+  }
+  for (int64_t i = 4 * quarter; i < count; ++i)
+    a += square(load(x[i]) - mean);
+  return (a + b) + (c + d);
+}
+
+template <typename X, typename Y> struct ForwardRows {
+  [[gnu::always_inline]] static inline void run(const Forward& p, int64_t, int64_t begin,
+                                                int64_t end) {
+    const int64_t channels = p.channels;
+    const float* __restrict weight = p.weight;
+    const float* __restrict bias = p.bias;
+    for (int64_t row = begin; row < end; ++row) {
+      const X* __restrict x = static_cast<const X*>(p.x) + selected(p.rows, row) * p.x_row_stride;
+      Y* __restrict y = static_cast<Y*>(p.y) + row * p.y_row_stride;
+      const float mean = sum_of(x, channels) / static_cast<float>(channels);
+      const float variance = sum_of_squares(x, mean, channels) / static_cast<float>(channels);
+      const float rstd = 1.0f / std::sqrt(variance + p.eps);
+#pragma omp simd
+      for (int64_t i = 0; i < channels; ++i)
+        store(y[i], (load(x[i]) - mean) * rstd * weight[i] + bias[i]);
+      p.rstd[row] = rstd;
+      if (p.mean != nullptr)
+        p.mean[row] = mean;
+    }
+  }
+};
+
+template <typename D, typename G, typename S> struct BackwardRows {
+  [[gnu::always_inline]] static inline void run(const Backward& p, int64_t block, int64_t begin,
+                                                int64_t end) {
+    const int64_t channels = p.channels;
+    const float* __restrict shift = p.shift;
+    const float* __restrict inverse = p.inverse;
+    const float* __restrict weight = p.weight;
+    float* __restrict dweight = p.partials + block * 2 * channels;
+    float* __restrict dbias = dweight + channels;
+    for (int64_t i = 0; i < 2 * channels; ++i)
+      dweight[i] = 0.0f;
+    for (int64_t row = begin; row < end; ++row) {
+      const G* __restrict dy = static_cast<const G*>(p.dy) + row * p.dy_row_stride;
+      const S* __restrict source =
+          static_cast<const S*>(p.source) + selected(p.source_rows, row) * p.source_row_stride;
+      D* __restrict dx = static_cast<D*>(p.dx) + selected(p.dx_rows, row) * p.dx_row_stride;
+      const float rstd = p.rstd[row];
+      const float mean = p.mean == nullptr ? 0.0f : p.mean[row];
+      const float scale = p.mean == nullptr ? 1.0f : rstd;
+      float sum = 0.0f, along = 0.0f;
+#pragma omp simd reduction(+ : sum, along)
+      for (int64_t i = 0; i < channels; ++i) {
+        const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
+        const float incoming = load(dy[i]), g = incoming * weight[i];
+        sum += g;
+        along += g * x_hat;
+        dweight[i] += incoming * x_hat;
+        dbias[i] += incoming;
+      }
+      // One channel is its own mean and has no gradient; a fused multiply-add would leave g's
+      // rounding error there.
+      const float outer = channels == 1 ? 0.0f : rstd;
+      sum /= static_cast<float>(channels);
+      along /= static_cast<float>(channels);
+      if (p.add) {
+#pragma omp simd
+        for (int64_t i = 0; i < channels; ++i) {
+          const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
+          store(dx[i], load(dx[i]) + outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < channels; ++i) {
+          const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
+          store(dx[i], outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
+        }
+      }
+    }
+  }
+};
+
+void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t rows, uintptr_t y,
+                        uintptr_t mean, uintptr_t rstd, int64_t num_x_rows, int64_t num_rows,
+                        int64_t channels, int64_t x_row_stride, int64_t y_row_stride, double eps,
+                        const std::string& x_dtype, const std::string& y_dtype, int threads,
+                        const std::string& level_name) {
+  constexpr const char* op = "layer_norm_forward_cpu";
+  const Forward p{reinterpret_cast<const void*>(x),
+                  reinterpret_cast<const float*>(weight),
+                  reinterpret_cast<const float*>(bias),
+                  reinterpret_cast<const int64_t*>(rows),
+                  reinterpret_cast<void*>(y),
+                  reinterpret_cast<float*>(mean),
+                  reinterpret_cast<float*>(rstd),
+                  channels,
+                  x_row_stride,
+                  y_row_stride,
+                  static_cast<float>(eps)};
+  require_numbers(op, channels, threads);
+  require_rows(op, p.rows, num_rows, num_x_rows);
+  require_matrix(op, "x", p.x, num_x_rows, channels, x_row_stride, false);
+  require_matrix(op, "y", p.y, num_rows, channels, y_row_stride, true);
+  require_vector(op, "weight", p.weight, channels);
+  require_vector(op, "bias", p.bias, channels);
+  require_vector(op, "rstd", p.rstd, num_rows);
+  const Level level = choose_level(op, level_name);
+  with_float_type(op, "x", x_dtype, [&](auto x_type) {
+    with_float_type(op, "y", y_dtype, [&](auto y_type) {
+      using Rows = ForwardRows<typename decltype(x_type)::type, typename decltype(y_type)::type>;
+      const auto run = at_level<Rows, Forward>(level);
+      parallel_rows(num_rows, channels, threads,
+                    [&](int64_t begin, int64_t end) { run(p, 0, begin, end); });
+    });
+  });
+}
+
+void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t shift, uintptr_t inverse,
+                         uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t source_rows,
+                         uintptr_t dx_rows, uintptr_t dx, uintptr_t partials, uintptr_t sums,
+                         int64_t num_source_rows, int64_t num_dx_rows, int64_t num_rows,
+                         int64_t channels, int64_t block_rows, int64_t dy_row_stride,
+                         int64_t source_row_stride, int64_t dx_row_stride, bool add,
+                         const std::string& dy_dtype, const std::string& source_dtype,
+                         const std::string& dx_dtype, int threads, const std::string& level_name) {
+  constexpr const char* op = "layer_norm_backward_cpu";
+  const Backward p{reinterpret_cast<const void*>(dy),
+                   reinterpret_cast<const void*>(source),
+                   reinterpret_cast<const float*>(shift),
+                   reinterpret_cast<const float*>(inverse),
+                   reinterpret_cast<const float*>(mean),
+                   reinterpret_cast<const float*>(rstd),
+                   reinterpret_cast<const float*>(weight),
+                   reinterpret_cast<const int64_t*>(source_rows),
+                   reinterpret_cast<const int64_t*>(dx_rows),
+                   reinterpret_cast<void*>(dx),
+                   reinterpret_cast<float*>(partials),
+                   channels,
+                   dy_row_stride,
+                   source_row_stride,
+                   dx_row_stride,
+                   add};
+  require_numbers(op, channels, threads, block_rows);
+  require_rows(op, p.source_rows, num_rows, num_source_rows);
+  require_rows(op, p.dx_rows, num_rows, num_dx_rows);
+  require_matrix(op, "dy", p.dy, num_rows, channels, dy_row_stride, false);
+  require_matrix(op, "source", p.source, num_source_rows, channels, source_row_stride, false);
+  require_matrix(op, "dx", p.dx, num_dx_rows, channels, dx_row_stride, true);
+  require_vector(op, "shift", p.shift, channels);
+  require_vector(op, "inverse", p.inverse, channels);
+  require_vector(op, "weight", p.weight, channels);
+  require_vector(op, "rstd", p.rstd, num_rows);
+  require_vector(op, "partials", p.partials, num_rows);
+  require_vector(op, "sums", reinterpret_cast<const void*>(sums), channels);
+  const Level level = choose_level(op, level_name);
+  with_float_type(op, "dx", dx_dtype, [&](auto dx_type) {
+    with_float_type(op, "dy", dy_dtype, [&](auto dy_type) {
+      with_float_type(op, "source", source_dtype, [&](auto source_type) {
+        using Rows =
+            BackwardRows<typename decltype(dx_type)::type, typename decltype(dy_type)::type,
+                         typename decltype(source_type)::type>;
+        const auto run = at_level<Rows, Backward>(level);
+        parallel_blocks(
+            num_rows, block_rows, channels, threads,
+            [&](int64_t block, int64_t begin, int64_t end) { run(p, block, begin, end); });
+      });
+    });
+  });
+  add_partials(p.partials, blocks_of(num_rows, block_rows), 2 * channels,
+               reinterpret_cast<float*>(sums), threads);
+}
+
+} // namespace
+} // namespace dinov2_fast
+
+void bind_layer_norm_cpu(py::module_& m) {
+  using namespace dinov2_fast;
+  m.def("layer_norm_forward_cpu", &layer_norm_forward,
+        "x [T, C], weight and bias [C] float32, rows [R] int64 or 0 -> y [R, C], mean [R] or 0 and "
+        "rstd [R] float32; pointers, sizes and row strides in elements.",
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("rows"), py::arg("y"),
+        py::arg("mean"), py::arg("rstd"), py::arg("num_x_rows"), py::arg("num_rows"),
+        py::arg("channels"), py::arg("x_row_stride"), py::arg("y_row_stride"), py::arg("eps"),
+        py::arg("x_dtype"), py::arg("y_dtype"), py::arg("threads"), py::arg("level"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("layer_norm_backward_cpu", &layer_norm_backward,
+        "dy [R, C], source with shift and inverse [C] (or mean and rstd [R]) -> dx, overwritten or "
+        "added to, and sums [2, C] for weight and bias over partials [blocks, 2, C]; pointers, "
+        "sizes and row strides in elements.",
+        py::arg("dy"), py::arg("source"), py::arg("shift"), py::arg("inverse"), py::arg("mean"),
+        py::arg("rstd"), py::arg("weight"), py::arg("source_rows"), py::arg("dx_rows"),
+        py::arg("dx"), py::arg("partials"), py::arg("sums"), py::arg("num_source_rows"),
+        py::arg("num_dx_rows"), py::arg("num_rows"), py::arg("channels"), py::arg("block_rows"),
+        py::arg("dy_row_stride"), py::arg("source_row_stride"), py::arg("dx_row_stride"),
+        py::arg("add"), py::arg("dy_dtype"), py::arg("source_dtype"), py::arg("dx_dtype"),
+        py::arg("threads"), py::arg("level"), py::call_guard<py::gil_scoped_release>());
+}
