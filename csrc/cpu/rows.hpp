@@ -6,6 +6,7 @@
 #include "cpu/parallel.hpp"
 #include "cpu/scalar_math.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -74,10 +75,14 @@ inline void require_rows(const char* op, const int64_t* rows, int64_t num_rows, 
                 std::to_string(num_rows));
     return;
   }
-  for (int64_t i = 0; i < num_rows; ++i)
-    require(rows[i] >= 0 && rows[i] < available, op,
-            "rows must be in [0, " + std::to_string(available) + "), got " +
-                std::to_string(rows[i]));
+  int64_t low = 0, high = -1;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    low = std::min(low, rows[i]);
+    high = std::max(high, rows[i]);
+  }
+  require(low >= 0 && high < available, op,
+          "rows must be in [0, " + std::to_string(available) + "), got " + std::to_string(low) +
+              " to " + std::to_string(high));
 }
 
 inline void require_numbers(const char* op, int64_t channels, int threads, int64_t block_rows = 1) {

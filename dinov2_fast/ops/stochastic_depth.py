@@ -7,7 +7,6 @@ residual stream, scaled so that the expected sum does not change.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,8 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_rows import adjacent_columns, refusals, refuse_overlap
-from dinov2_fast.ops._stochastic_depth_native import gather_cpu, scatter_cpu_
+from dinov2_fast.ops._native_rows import refusals, refuse_overlap
+from dinov2_fast.ops._stochastic_depth_native import gather_cpu, gather_op, scatter_cpu_, scatter_op
 from dinov2_fast.packing import Pack
 
 
@@ -172,7 +170,7 @@ def gather_rows(x: Tensor, rows: Tensor, *, backend: str | None = None) -> Tenso
     refused = refusals({"x": x}, {"rows": rows})
     if choose_backend("stochastic_depth", x, backend, refusals=refused) == "reference":
         return gather_rows_reference(x, rows)
-    return _gather(x, rows, "native")
+    return gather_op(x, rows, "native")
 
 
 def scatter_add_scaled(
@@ -204,7 +202,7 @@ def scatter_add_scaled(
     refused = _scatter_refusals(x, residual, rows, row_scale, gamma)
     if choose_backend("stochastic_depth", x, backend, refusals=refused) == "reference":
         return scatter_add_scaled_reference(x, residual, rows, row_scale.detach(), gamma)
-    return _scatter(x, residual, rows, row_scale.detach(), gamma, "native")
+    return scatter_op(x, residual, rows, row_scale.detach(), gamma, "native")
 
 
 def scatter_add_scaled_(
@@ -323,98 +321,3 @@ def _scale_refusal(row_scale: Tensor | None) -> dict[str, str]:
     if row_scale is None or row_scale.dtype == torch.float32:
         return {}
     return {"native": f"row_scale must be float32, got {row_scale.dtype}"}
-
-
-def _scatter_native_cpu(
-    x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> Tensor:
-    """A copy of x, added to in place."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    scatter_cpu_(out, residual, rows, row_scale, gamma)
-    return out
-
-
-def _scatter_fake(
-    x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _scatter_backward_native_cpu(
-    grad: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of residual, and of gamma in float32 (nothing of it without a gamma)."""
-    wants_gamma = gamma is not None
-    dresidual, dgamma = gather_cpu(
-        adjacent_columns(grad),
-        rows,
-        row_scale,
-        gamma,
-        residual if wants_gamma else None,
-        residual.dtype,
-        want_sums=wants_gamma,
-    )
-    return dresidual, grad.new_empty(0, dtype=torch.float32) if dgamma is None else dgamma
-
-
-def _scatter_backward_fake(
-    grad: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    channels = 0 if gamma is None else grad.shape[1]
-    dgamma = grad.new_empty(channels, dtype=torch.float32)
-    return residual.new_empty(residual.shape), dgamma
-
-
-def _scatter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, residual, rows, row_scale, gamma, ctx.backend = inputs
-    ctx.save_for_backward(residual, rows, row_scale, gamma)
-
-
-def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, residual, rows, row_scale, gamma, backend)."""
-    residual, rows, row_scale, gamma = ctx.saved_tensors
-    dresidual, dgamma = _scatter_backward(grad, residual, rows, row_scale, gamma, ctx.backend)
-    return grad, dresidual, None, None, None if gamma is None else dgamma.to(gamma.dtype), None
-
-
-def _gather_native_cpu(x: Tensor, rows: Tensor) -> Tensor:
-    return gather_cpu(x, rows, None, None, None, x.dtype, want_sums=False)[0]
-
-
-def _gather_fake(x: Tensor, rows: Tensor) -> Tensor:
-    return x.new_empty(rows.shape[0], x.shape[1])
-
-
-def _gather_setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    x, rows, _ = inputs
-    ctx.shape = x.shape
-    ctx.save_for_backward(rows)
-
-
-def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    """Gradients of (x, rows, backend); a row may have been gathered twice."""
-    (rows,) = ctx.saved_tensors
-    return grad.new_zeros(ctx.shape).index_add(0, rows, grad), None, None
-
-
-_scatter_backward = declare(
-    "scatter_add_scaled_backward(Tensor grad, Tensor residual, Tensor rows, Tensor row_scale, "
-    "Tensor? gamma, str backend) -> (Tensor, Tensor)",
-    kernels={("native", "cpu"): _scatter_backward_native_cpu},
-    fake=_scatter_backward_fake,
-)
-_scatter = declare(
-    "scatter_add_scaled(Tensor x, Tensor residual, Tensor rows, Tensor row_scale, Tensor? gamma, "
-    "str backend) -> Tensor",
-    kernels={("native", "cpu"): _scatter_native_cpu},
-    fake=_scatter_fake,
-    setup_context=_scatter_setup_context,
-    backward=_scatter_gradient,
-)
-_gather = declare(
-    "gather_rows(Tensor x, Tensor rows, str backend) -> Tensor",
-    kernels={("native", "cpu"): _gather_native_cpu},
-    fake=_gather_fake,
-    setup_context=_gather_setup_context,
-    backward=_gather_gradient,
-)
