@@ -24,11 +24,12 @@ _REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": _REFERENCE_ONLY,
+    "attention": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
+    "gelu": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "sinkhorn": _REFERENCE_ONLY,
     "cross_entropy": _REFERENCE_ONLY,
     "koleo": _REFERENCE_ONLY,
@@ -39,7 +40,9 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("stochastic_depth", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
 }
 

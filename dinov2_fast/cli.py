@@ -245,6 +245,7 @@ def _add_convert(verbs: Any) -> None:
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     config = _config(options, rest)
     from dinov2_fast.train import trainer
+    from dinov2_fast.train.memory import reuse_freed_memory
 
     if options.dry_run:
         print(trainer.describe(config))
@@ -255,6 +256,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         )
     if options.out is None:
         raise ConfigError("train: no run directory given; add --out OUT")
+    reuse_freed_memory()
     trainer.train(config, options.out)
     return 0
 
@@ -317,7 +319,9 @@ def _setting_types(values: dict[str, Any], prefix: str = "") -> dict[str, type]:
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     from dinov2_fast.demo import run_demo
+    from dinov2_fast.train.memory import reuse_freed_memory
 
+    reuse_freed_memory()
     run_demo(options.out, seed=options.seed)
     return 0
 

@@ -6,6 +6,7 @@ paper's Sinkhorn-Knopp; the command line overrides the file (`--optimizer.base-l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -129,6 +130,8 @@ class ModelConfig:
     """Initial value of the LayerScale vectors."""
     position_resize: Literal["preset", "official", "antialias"] = "preset"
     """Resizing of position embeddings; preset: official without, antialias with registers."""
+    recompute: Literal["none", "mlp", "block"] = "none"
+    """What a backward pass computes anew to save memory: the hidden layer; q, k, v too."""
 
 
 @dataclass(frozen=True)
@@ -295,13 +298,13 @@ def load_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> C
         ConfigError: unknown key (with the nearest known one), wrong type, no such preset.
     """
     path = PRESET_FOLDER / f"{name_or_path}.yaml"
-    if name_or_path not in preset_names():
+    known = preset_names()
+    if name_or_path not in known:
         path = Path(name_or_path)
         if not path.is_file():
-            nearest = nearest_name(name_or_path, preset_names())
             raise ConfigError(
-                f"config: no preset or file named {name_or_path!r}{nearest}; "
-                f"presets are {', '.join(preset_names())}"
+                f"config: no preset or file named {name_or_path!r}"
+                f"{nearest_name(name_or_path, known)}; presets are {', '.join(known)}"
             )
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -383,10 +386,8 @@ def _converted(value: Any, kind: Any, key: str) -> Any:
             return tuple(_converted(v, a, key) for v, a in zip(items, arguments, strict=True))
         raise ConfigError(f"config: {key} must be a list of {len(arguments)} values, got {value!r}")
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 2e-4 (no dot) as a string
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML 1.1 reads 2e-4 (no dot) as a string
     is_switch = kind is int and isinstance(value, bool)  # Python counts those among integers
     if kind is not float and isinstance(value, kind) and not is_switch:
         return value
@@ -395,5 +396,5 @@ def _converted(value: Any, kind: Any, key: str) -> Any:
 
 def nearest_name(name: str, known: list[str]) -> str:
     """` (did you mean NAME?)` with the known name closest to another, or nothing."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return "".join(f" (did you mean {match}?)" for match in matches)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -41,6 +41,13 @@ CPU_LEVEL = Variable(
     "instruction set of the native CPU kernels; auto takes the widest this processor has",
     "ops",
 )
+BLOCK = Variable(
+    "DINOV2_FAST_BLOCK",
+    "auto",
+    ("auto", "plain"),
+    "plain computes transformer blocks module by module under autograd, keeping every activation",
+    "nn",
+)
 BUILD = Variable(
     "DINOV2_FAST_BUILD",
     "auto",
@@ -55,7 +62,7 @@ CUDA_ARCHS = Variable(
     "compute capabilities the extension is built for, as in 80;90a",
     "build",
 )
-VARIABLES = (BACKEND, DISABLE_KERNELS, CPU_LEVEL, BUILD, CUDA_ARCHS)
+VARIABLES = (BACKEND, DISABLE_KERNELS, CPU_LEVEL, BLOCK, BUILD, CUDA_ARCHS)
 
 
 def value(variable: Variable) -> str:
@@ -87,6 +94,11 @@ def disabled_kernels() -> frozenset[str]:
 def cpu_level() -> str:
     """Instruction set for the native CPU kernels: auto, baseline, avx2 or avx512."""
     return value(CPU_LEVEL)
+
+
+def plain_blocks() -> bool:
+    """Whether transformer blocks must run module by module under autograd."""
+    return value(BLOCK) == "plain"
 
 
 def unknown_variables() -> list[str]:

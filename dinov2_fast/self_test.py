@@ -12,6 +12,7 @@ from torch import Tensor
 from dinov2_fast.backends import DTYPES, availability
 from dinov2_fast.ops.attention import attention
 from dinov2_fast.ops.cross_entropy import cross_entropy
+from dinov2_fast.ops.gelu import gelu
 from dinov2_fast.ops.koleo import koleo
 from dinov2_fast.ops.layer_norm import layer_norm
 from dinov2_fast.ops.optimizer import adamw_ema_step
@@ -129,6 +130,11 @@ def _layer_norm(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
     return _with_gradients(layer_norm(x, weight, bias, backend=backend), x, weight, bias)
 
 
+def _gelu(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    x = _numbers(65, 1000, dtype=dtype, device=device).requires_grad_()
+    return _with_gradients(gelu(x, backend=backend), x)
+
+
 def _swiglu(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
     x12 = _numbers(65, 2 * 1000, dtype=dtype, device=device).requires_grad_()
     return _with_gradients(swiglu(x12, backend=backend), x12)
@@ -188,6 +194,7 @@ _TRIALS: dict[str, Trial] = {
     "attention": _attention,
     "stochastic_depth": _stochastic_depth,
     "layer_norm": _layer_norm,
+    "gelu": _gelu,
     "swiglu": _swiglu,
     "sinkhorn": _sinkhorn,
     "cross_entropy": _cross_entropy,

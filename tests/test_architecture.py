@@ -26,6 +26,7 @@ STEMS = {
     "stochastic_depth",
     "layer_norm",
     "swiglu",
+    "gelu",
     "sinkhorn",
     "cross_entropy",
     "koleo",

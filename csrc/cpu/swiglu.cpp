@@ -1,8 +1,6 @@
 // SwiGLU on the CPU: h = silu(x1) * x2 and its gradient, rows of [x1 | x2] side by side.
 #include "check.hpp"
-#include "cpu/level.hpp"
-#include "cpu/parallel.hpp"
-#include "cpu/scalar_math.hpp"
+#include "cpu/rows.hpp"
 
 #include <cstdint>
 #include <string>
@@ -21,90 +19,66 @@ struct Forward {
 };
 
 struct Backward {
-  const void* dh;  // [R, F]
-  const void* x12; // [R, 2F]
+  const void* dh;  // [R, F]; may be the same rows as h
+  const void* x12; // [R, 2F]; may be the same rows as dx12
   void* dx12;      // [R, 2F]
+  void* h;         // [R, F] or null
+  float* partial;  // [blocks, 2F], the sums of dx12 over the rows of each block
   int64_t hidden;
   int64_t dh_row_stride;
   int64_t x12_row_stride;
   int64_t dx12_row_stride;
+  int64_t h_row_stride;
 };
 
-template <typename T>
-[[gnu::always_inline]] inline void rows_of(const Forward& p, int64_t begin, int64_t end) {
-  const int64_t hidden = p.hidden;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* __restrict x1 = static_cast<const T*>(p.x12) + row * p.x12_row_stride;
-    const T* __restrict x2 = x1 + hidden;
-    T* __restrict h = static_cast<T*>(p.h) + row * p.h_row_stride;
+template <typename T> struct ForwardRows {
+  [[gnu::always_inline]] static inline void run(const Forward& p, int64_t, int64_t begin,
+                                                int64_t end) {
+    const int64_t hidden = p.hidden;
+    for (int64_t row = begin; row < end; ++row) {
+      const T* __restrict x1 = static_cast<const T*>(p.x12) + row * p.x12_row_stride;
+      const T* __restrict x2 = x1 + hidden;
+      T* __restrict h = static_cast<T*>(p.h) + row * p.h_row_stride;
 #pragma omp simd
-    for (int64_t i = 0; i < hidden; ++i) {
-      const float gate = load(x1[i]);
-      store(h[i], gate * sigmoid(gate) * load(x2[i]));
+      for (int64_t i = 0; i < hidden; ++i) {
+        const float gate = load(x1[i]);
+        store(h[i], gate * sigmoid(gate) * load(x2[i]));
+      }
     }
   }
-}
+};
 
-template <typename T>
-[[gnu::always_inline]] inline void rows_of(const Backward& p, int64_t begin, int64_t end) {
-  const int64_t hidden = p.hidden;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* __restrict dh = static_cast<const T*>(p.dh) + row * p.dh_row_stride;
-    const T* __restrict x1 = static_cast<const T*>(p.x12) + row * p.x12_row_stride;
-    const T* __restrict x2 = x1 + hidden;
-    T* __restrict dx1 = static_cast<T*>(p.dx12) + row * p.dx12_row_stride;
-    T* __restrict dx2 = dx1 + hidden;
+template <typename T, bool kKeepsHidden> struct BackwardRows {
+  [[gnu::always_inline]] static inline void run(const Backward& p, int64_t block, int64_t begin,
+                                                int64_t end) {
+    const int64_t hidden = p.hidden;
+    float* __restrict sums = p.partial + block * 2 * hidden;
+    for (int64_t i = 0; i < 2 * hidden; ++i)
+      sums[i] = 0.0f;
+    for (int64_t row = begin; row < end; ++row) {
+      const T* dh = static_cast<const T*>(p.dh) + row * p.dh_row_stride;
+      const T* x1 = static_cast<const T*>(p.x12) + row * p.x12_row_stride;
+      const T* x2 = x1 + hidden;
+      T* dx1 = static_cast<T*>(p.dx12) + row * p.dx12_row_stride;
+      T* dx2 = dx1 + hidden;
+      T* h = static_cast<T*>(p.h) + row * p.h_row_stride;
+      // Each element is read before it is written, so in-place rows may be vectors all the same.
 #pragma omp simd
-    for (int64_t i = 0; i < hidden; ++i) {
-      const float gate = load(x1[i]), gradient = load(dh[i]);
-      const float s = sigmoid(gate);
-      store(dx1[i], gradient * load(x2[i]) * (s * (1.0f + gate * (1.0f - s))));
-      store(dx2[i], gradient * (gate * s));
+      for (int64_t i = 0; i < hidden; ++i) {
+        const float gate = load(x1[i]), value = load(x2[i]), gradient = load(dh[i]);
+        const float s = sigmoid(gate);
+        const float first = gradient * value * (s * (1.0f + gate * (1.0f - s)));
+        const float second = gradient * (gate * s);
+        sums[i] += first;
+        sums[hidden + i] += second;
+        store(dx1[i], first);
+        store(dx2[i], second);
+        if (kKeepsHidden)
+          store(h[i], gate * s * value);
+      }
     }
   }
-}
-
-template <typename T, typename P> void rows_baseline(const P& p, int64_t begin, int64_t end) {
-  rows_of<T>(p, begin, end);
-}
-
-#if defined(__x86_64__)
-template <typename T, typename P>
-[[gnu::target("avx2,fma")]] void rows_avx2(const P& p, int64_t begin, int64_t end) {
-  rows_of<T>(p, begin, end);
-}
-
-template <typename T, typename P>
-[[gnu::target("avx512f,avx512bw,avx512dq,avx512vl,fma")]] void
-rows_avx512(const P& p, int64_t begin, int64_t end) {
-  rows_of<T>(p, begin, end);
-}
-#endif
-
-template <typename T, typename P> void run(const P& p, int64_t rows, int threads, Level level) {
-  auto* body = rows_baseline<T, P>;
-#if defined(__x86_64__)
-  if (level == Level::avx2)
-    body = rows_avx2<T, P>;
-  if (level == Level::avx512)
-    body = rows_avx512<T, P>;
-#else
-  (void)level;
-#endif
-  parallel_rows(rows, p.hidden, threads, [&](int64_t begin, int64_t end) { body(p, begin, end); });
-}
-
-template <typename P>
-void launch(const char* op, const P& p, int64_t rows, const std::string& dtype, int threads,
-            const std::string& level_name) {
-  const Level level = choose_level(op, level_name);
-  if (dtype == "float32")
-    run<float>(p, rows, threads, level);
-  else if (dtype == "bfloat16")
-    run<bfloat16>(p, rows, threads, level);
-  else
-    throw py::value_error(std::string(op) + ": expected float32 or bfloat16, got " + dtype);
-}
+};
 
 void require_sizes(const char* op, int64_t rows, int64_t hidden, int threads) {
   require(rows >= 0, op, "rows must not be negative, got " + std::to_string(rows));
@@ -114,32 +88,56 @@ void require_sizes(const char* op, int64_t rows, int64_t hidden, int threads) {
 
 void swiglu_forward(uintptr_t x12, uintptr_t h, int64_t rows, int64_t hidden,
                     int64_t x12_row_stride, int64_t h_row_stride, const std::string& dtype,
-                    int threads, const std::string& level) {
+                    int threads, const std::string& level_name) {
   constexpr const char* op = "swiglu_forward_cpu";
   const Forward p{reinterpret_cast<const void*>(x12), reinterpret_cast<void*>(h), hidden,
                   x12_row_stride, h_row_stride};
   require_sizes(op, rows, hidden, threads);
   require_matrix(op, "x12", p.x12, rows, 2 * hidden, x12_row_stride, false);
   require_matrix(op, "h", p.h, rows, hidden, h_row_stride, true);
-  launch(op, p, rows, dtype, threads, level);
+  const Level level = choose_level(op, level_name);
+  with_float_type(op, "x12", dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    auto* body = at_level<ForwardRows<T>, Forward>(level);
+    parallel_rows(rows, hidden, threads,
+                  [&](int64_t begin, int64_t end) { body(p, 0, begin, end); });
+  });
 }
 
-void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, int64_t rows, int64_t hidden,
-                     int64_t dh_row_stride, int64_t x12_row_stride, int64_t dx12_row_stride,
-                     const std::string& dtype, int threads, const std::string& level) {
+void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, uintptr_t h, uintptr_t partial,
+                     int64_t rows, int64_t hidden, int64_t rows_per_block, int64_t dh_row_stride,
+                     int64_t x12_row_stride, int64_t dx12_row_stride, int64_t h_row_stride,
+                     const std::string& dtype, int threads, const std::string& level_name) {
   constexpr const char* op = "swiglu_backward_cpu";
   const Backward p{reinterpret_cast<const void*>(dh),
                    reinterpret_cast<const void*>(x12),
                    reinterpret_cast<void*>(dx12),
+                   reinterpret_cast<void*>(h),
+                   reinterpret_cast<float*>(partial),
                    hidden,
                    dh_row_stride,
                    x12_row_stride,
-                   dx12_row_stride};
+                   dx12_row_stride,
+                   h_row_stride};
   require_sizes(op, rows, hidden, threads);
+  require(rows_per_block >= 1, op, "rows_per_block must be at least 1");
   require_matrix(op, "dh", p.dh, rows, hidden, dh_row_stride, false);
   require_matrix(op, "x12", p.x12, rows, 2 * hidden, x12_row_stride, false);
   require_matrix(op, "dx12", p.dx12, rows, 2 * hidden, dx12_row_stride, true);
-  launch(op, p, rows, dtype, threads, level);
+  if (p.h != nullptr)
+    require_matrix(op, "h", p.h, rows, hidden, h_row_stride, true);
+  const Level level = choose_level(op, level_name);
+  with_float_type(op, "x12", dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    auto* body = p.h != nullptr ? at_level<BackwardRows<T, true>, Backward>(level)
+                                : at_level<BackwardRows<T, false>, Backward>(level);
+    // Blocks do not depend on the threads, and so neither do the sums.
+    const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+    parallel_rows(blocks, hidden * rows_per_block, threads, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block)
+        body(p, block, block * rows_per_block, std::min(rows, (block + 1) * rows_per_block));
+    });
+  });
 }
 
 } // namespace
@@ -152,10 +150,12 @@ void bind_swiglu_cpu(py::module_& m) {
         py::arg("h"), py::arg("rows"), py::arg("hidden"), py::arg("x12_row_stride"),
         py::arg("h_row_stride"), py::arg("dtype"), py::arg("threads"), py::arg("level"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("swiglu_backward_cpu", &swiglu_backward,
-        "dh [R, F], x12 [R, 2F] -> dx12 [R, 2F]; pointers, sizes and row strides in elements.",
-        py::arg("dh"), py::arg("x12"), py::arg("dx12"), py::arg("rows"), py::arg("hidden"),
-        py::arg("dh_row_stride"), py::arg("x12_row_stride"), py::arg("dx12_row_stride"),
-        py::arg("dtype"), py::arg("threads"), py::arg("level"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "swiglu_backward_cpu", &swiglu_backward,
+      "dh [R, F], x12 [R, 2F] -> dx12 [R, 2F], h [R, F] unless null, partial [blocks, 2F] float32.",
+      py::arg("dh"), py::arg("x12"), py::arg("dx12"), py::arg("h"), py::arg("partial"),
+      py::arg("rows"), py::arg("hidden"), py::arg("rows_per_block"), py::arg("dh_row_stride"),
+      py::arg("x12_row_stride"), py::arg("dx12_row_stride"), py::arg("h_row_stride"),
+      py::arg("dtype"), py::arg("threads"), py::arg("level"),
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -63,6 +63,7 @@ def create_model(
     drop_ratio: float = 0.0,
     layer_scale: float = 1e-5,
     position_resize: Literal["preset", "official", "antialias"] = "preset",
+    recompute: Literal["none", "mlp", "block"] = "none",
 ) -> VisionTransformer:
     """A model with fresh weights; whatever is None comes from the architecture.
 
@@ -81,6 +82,7 @@ def create_model(
         layer_scale: initial value of the LayerScale vectors.
         position_resize: `official`, `antialias`, or `preset`: antialias with registers, official
             without, as the published weights expect.
+        recompute: what blocks compute anew in the backward pass instead of keeping it.
     Raises:
         ConfigError: unknown architecture, or values that do not make a model.
     """
@@ -103,6 +105,7 @@ def create_model(
                 position_resize=(
                     shape.position_resize if position_resize == "preset" else position_resize
                 ),
+                recompute=recompute,
                 **{field.name: getattr(shape, field.name) for field in fields(shape)},
             )
     except ValueError as error:

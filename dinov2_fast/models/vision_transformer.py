@@ -49,6 +49,7 @@ class VisionTransformer(nn.Module):
             every block.
         layer_scale: initial value of the LayerScale vectors.
         position_resize: see `resize_position_embedding`.
+        recompute: what blocks compute anew in the backward pass instead of keeping it.
     Raises:
         ValueError: numbers that do not make a model.
     """
@@ -68,6 +69,7 @@ class VisionTransformer(nn.Module):
         drop_ratio: float = 0.0,
         layer_scale: float = 1e-5,
         position_resize: Literal["official", "antialias"] = "official",
+        recompute: Literal["none", "mlp", "block"] = "none",
     ) -> None:
         super().__init__()
         if min(embed_dim, depth, patch_size, in_channels) < 1 or num_registers < 0:
@@ -108,6 +110,7 @@ class VisionTransformer(nn.Module):
                 ffn=ffn,
                 drop_ratio=drop_ratio,
                 layer_scale=layer_scale,
+                recompute=recompute,
             )
             for _ in range(depth)
         )
@@ -179,6 +182,38 @@ class VisionTransformer(nn.Module):
                 f"{len(per_batch)}; use None where nothing is masked"
             )
         return self._packed_features(batches, per_batch, generator)
+
+    def forward_selected(
+        self,
+        batches: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        patch_indices: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens a pretraining loss reads: every CLS, and some patches of the first batch.
+
+        Equal to picking them out of `forward_features`; on the CPU the last block computes queries,
+        projection and feed-forward for these rows alone.
+
+        Args:
+            batches: [B_i, in_channels, H_i, W_i] each.
+            masks: for each batch [B_i, N_i] bool or None.
+            patch_indices: [M] int64 flat positions in [B_0 * N_0], none twice.
+            generator: CPU generator of stochastic depth in training.
+        Returns:
+            CLS tokens [sum of B_i, C] and patches [M, C], after the final norm.
+        """
+        x, pack = pack_tokens([self._tokens(*pair) for pair in zip(batches, masks, strict=True)])
+        length = pack.groups[0][1]  # tokens of an image of the first batch
+        first_patch = 1 + self.num_registers
+        image, patch = (
+            patch_indices // (length - first_patch),
+            patch_indices % (length - first_patch),
+        )
+        cls_rows = pack.offsets[:-1].long()
+        rows = torch.cat([cls_rows, image * length + first_patch + patch])
+        normed = self.norm(self._blocks(x, pack, generator, wanted=rows), rows=rows)
+        return normed[: len(cls_rows)], normed[len(cls_rows) :]
 
     def get_intermediate_layers(
         self,
@@ -264,9 +299,22 @@ class VisionTransformer(nn.Module):
             )
         return features
 
-    def _blocks(self, x: Tensor, pack: Pack, generator: torch.Generator | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, pack, generator=generator)
+    def _blocks(
+        self,
+        x: Tensor,
+        pack: Pack,
+        generator: torch.Generator | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """All blocks, on one buffer: x is overwritten, but for outputs that a hook may hold.
+
+        The last block may leave rows that are not wanted unfinished.
+        """
+        inplace, last = True, len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            rows = wanted if index == last else None
+            x = block(x, pack, generator=generator, inplace=inplace, wanted=rows)
+            inplace = not block._forward_hooks
         return x
 
     def _tokens(self, x: Tensor, masks: Tensor | None) -> Tensor:

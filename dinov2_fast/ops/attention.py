@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops import _attention_native as native_kernels
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_pack, check_tensor
+from dinov2_fast.ops._declare import declare
 from dinov2_fast.packing import Pack, check_cu_seqlens, unpack_tokens
 
 
@@ -63,8 +67,11 @@ def attention(
     Source: block-diagonal masks of xFormers' memory-efficient attention, as DINOv2 uses them.
     """
     scale = _check("attention", q, k, v, pack, scale)
-    choose_backend("attention", q, backend)  # raises for what has no kernel
-    return attention_reference(q, k, v, pack, scale=scale)
+    refusals = native_kernels.refusals(q=q, k=k, v=v)
+    chosen = choose_backend("attention", q, backend, refusals=refusals)
+    if chosen == "reference":
+        return attention_reference(q, k, v, pack, scale=scale)
+    return _forward(q, k, v, pack.offsets, scale, chosen)[0]
 
 
 def attention_with_lse(
@@ -93,9 +100,106 @@ def attention_with_lse(
         BackendUnavailable: see `attention`.
     """
     scale = _check("attention_with_lse", q, k, v, pack, scale)
-    choose_backend("attention", q, backend)
-    lse = lse_reference(q, k, pack, scale=scale)
-    return attention_reference(q, k, v, pack, scale=scale), lse
+    refusals = native_kernels.refusals(q=q, k=k, v=v)
+    chosen = choose_backend("attention", q, backend, refusals=refusals)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if chosen == "reference" or differentiated:  # there lse has a gradient too
+        lse = lse_reference(q, k, pack, scale=scale)
+        return attention_reference(q, k, v, pack, scale=scale), lse
+    return _forward(q, k, v, pack.offsets, scale, chosen)
+
+
+@torch.no_grad()
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: Pack,
+    *,
+    scale: float,
+    q_pack: Pack | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention outside autograd, where each sequence may have fewer queries than keys.
+
+    Args:
+        q: [Tq, H, D] queries; any strides.
+        k: [T, H, D] keys.
+        v: [T, H, D] values.
+        pack: layout of the T keys.
+        scale: factor on the scores.
+        q_pack: layout of the Tq queries, with the same number of sequences: those of sequence i see
+            its keys. None is `pack`.
+        backend: see `backends.choose_backend`.
+    Returns:
+        The output [Tq, H, D] in the dtype of q, and lse [H, Tq] float32 (float64 for float64).
+    Raises:
+        ValueError: the packs differ in their number of sequences, or do not fit the tensors.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    queries = _query_pack("attention_forward", q, k, pack, q_pack)
+    refusals = native_kernels.refusals(q=q, k=k, v=v)
+    if choose_backend("attention", q, backend, refusals=refusals) == "native":
+        return native_kernels.forward(q, k, v, queries.offsets, pack.offsets, scale)
+    dtype = accumulation_dtype(q)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    for rows, keys in _sequences(queries, pack):
+        scores = torch.einsum("nhd,mhd->hnm", q[rows] * scale, k[keys])  # [H, n, m]
+        lse.append(scores.to(dtype).logsumexp(dim=-1))
+        out[rows] = torch.einsum("hnm,mhd->nhd", scores.softmax(dim=-1), v[keys])
+    return out, torch.cat(lse, dim=1) if lse else out.new_empty(q.shape[1], 0, dtype=dtype)
+
+
+@torch.no_grad()
+def attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    pack: Pack,
+    *,
+    scale: float,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    q_pack: Pack | None = None,
+    backend: str | None = None,
+) -> None:
+    """Write the gradients of `attention_forward`.
+
+    Args:
+        d_out: [Tq, H, D] gradient of the output.
+        q: [Tq, H, D] queries.
+        k: [T, H, D] keys.
+        v: [T, H, D] values.
+        lse: [H, Tq] of the forward pass.
+        pack: layout of the keys.
+        scale: factor on the scores.
+        d_q: [Tq, H, D], written; may be a strided view.
+        d_k: [T, H, D], written.
+        d_v: [T, H, D], written.
+        q_pack: layout of the queries; None is `pack`.
+        backend: see `backends.choose_backend`.
+    Raises:
+        ValueError: see `attention_forward`.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    queries = _query_pack("attention_backward", q, k, pack, q_pack)
+    refusals = native_kernels.refusals(d_out=d_out, q=q, k=k, v=v, d_q=d_q, d_k=d_k, d_v=d_v)
+    if choose_backend("attention", q, backend, refusals=refusals) == "native":
+        gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+        offsets = (queries.offsets, pack.offsets)
+        return native_kernels.backward(d_out, q, k, v, lse, *offsets, scale, **gradients)
+    for rows, keys in _sequences(queries, pack):
+        scores = torch.einsum("nhd,mhd->hnm", q[rows] * scale, k[keys])  # [H, n, m]
+        weights = (scores - lse[:, rows].unsqueeze(-1)).exp().to(q.dtype)
+        d_weights = torch.einsum("nhd,mhd->hnm", d_out[rows], v[keys])
+        mean = (weights * d_weights).sum(dim=-1, keepdim=True)
+        d_scores = weights * (d_weights - mean) * scale
+        d_v[keys] = torch.einsum("hnm,nhd->mhd", weights, d_out[rows])
+        d_q[rows] = torch.einsum("hnm,mhd->nhd", d_scores, k[keys])
+        d_k[keys] = torch.einsum("hnm,nhd->mhd", d_scores, q[rows])
 
 
 def attention_varlen(
@@ -185,3 +289,86 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float | 
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     return scale
+
+
+def _query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) -> Pack:
+    """The layout of the queries, checked against that of the keys."""
+    queries = pack if q_pack is None else q_pack
+    check_pack(op, pack, k)
+    check_pack(op, queries, q)
+    if queries.num_sequences != pack.num_sequences:
+        raise ValueError(
+            f"{op}: q_pack must have the {pack.num_sequences} sequences of pack, "
+            f"got {queries.num_sequences}"
+        )
+    return queries
+
+
+def _sequences(queries: Pack, pack: Pack) -> list[tuple[slice, slice]]:
+    """Rows of the queries and of the keys of each sequence."""
+    pairs = (itertools.pairwise(each.offsets_host) for each in (queries, pack))
+    return [(slice(*rows), slice(*keys)) for rows, keys in zip(*pairs, strict=True)]
+
+
+def _forward_native_cpu(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Native forward on the CPU."""
+    return native_kernels.forward(q, k, v, offsets, offsets, scale)
+
+
+def _backward_native_cpu(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Native backward on the CPU into new tensors."""
+    d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
+    d_q, d_k, d_v = _empty_gradients(q, k, v)
+    gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    native_kernels.backward(d_out, q, k, v, lse, offsets, offsets, scale, **gradients)
+    return d_q, d_k, d_v
+
+
+def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous storage for gradients, whatever the strides of the tensors."""
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def _backward_fake(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, offsets: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(q, k, v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs and lse; the output is not needed."""
+    q, k, v, offsets, ctx.scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, output[1], offsets)
+
+
+def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of (q, k, v, offsets, scale, backend)."""
+    q, k, v, lse, offsets = ctx.saved_tensors
+    return *_backward(d_out, q, k, v, lse, offsets, ctx.scale, ctx.backend), None, None, None
+
+
+_backward = declare(
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor offsets, "
+    "float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    kernels={("native", "cpu"): _backward_native_cpu},
+    fake=_backward_fake,
+)
+_forward = declare(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor offsets, float scale, str backend) "
+    "-> (Tensor, Tensor)",
+    kernels={("native", "cpu"): _forward_native_cpu},
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
+)

@@ -10,14 +10,28 @@ from torch import Tensor
 
 from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
-from dinov2_fast.ops._checks import check_tensor
+from dinov2_fast.ops._checks import accumulation_dtype, check_tensor
 from dinov2_fast.ops._declare import declare
+
+# Rows whose bias gradient one thread sums before the sums of all blocks are added in order.
+_ROWS_PER_BLOCK = 64
 
 
 def swiglu_reference(x12: Tensor) -> Tensor:
     """`swiglu` in plain PyTorch: the specification."""
     x1, x2 = x12.chunk(2, dim=-1)
     return F.silu(x1) * x2  # [R, F]
+
+
+def swiglu_backward_reference_(dh: Tensor, x12: Tensor) -> Tensor:
+    """`swiglu_backward_` in plain PyTorch: the specification."""
+    wide = accumulation_dtype(x12)
+    x1, x2 = x12.to(wide).chunk(2, dim=-1)
+    gradient, s = dh.to(wide), x1.sigmoid()
+    dx12 = torch.cat([gradient * x2 * (s * (1 + x1 * (1 - s))), gradient * (x1 * s)], dim=1)
+    dh.copy_(x1 * s * x2)
+    x12.copy_(dx12)
+    return dx12.sum(0)
 
 
 def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
@@ -43,6 +57,40 @@ def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "reference":
         return swiglu_reference(x12)
     return _forward(x12, chosen)
+
+
+def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> Tensor:
+    """The backward pass in place, for a caller that owns both tensors.
+
+    Args:
+        dh: [R, F] gradient of the activation; becomes the activation swiglu(x12) itself.
+        x12: [R, 2F] what the activation was computed of; becomes its gradient.
+        backend: one of `dinov2_fast.backends.BACKENDS`; None chooses.
+    Returns:
+        [2F] float32 (float64 for float64 x12), the column sums of x12's gradient before it is
+        rounded: the gradient of a bias that was added to x12.
+    Raises:
+        ValueError: the shapes or dtypes differ.
+        TypeError: not floats.
+        BackendUnavailable: the explicit backend cannot compute this.
+    """
+    _check(x12)
+    check_tensor("swiglu_backward_", "dh", dh, x12.shape[0], x12.shape[1] // 2)
+    if dh.dtype != x12.dtype:
+        raise ValueError(
+            f"swiglu_backward_: dh must have the dtype of x12 {x12.dtype}, got {dh.dtype}"
+        )
+    refusals = {}
+    if x12.device.type != "cpu":
+        refusals = {"native": "its in-place backward runs on the CPU alone"}
+    elif 1 not in (x12.stride(1), x12.numel()) or 1 not in (dh.stride(1), dh.numel()):
+        refusals = {"native": "dh and x12 must have adjacent columns (stride 1)"}
+    chosen = choose_backend("swiglu", x12, backend, refusals=refusals)
+    if chosen == "reference":
+        return swiglu_backward_reference_(dh, x12)
+    sums = _launch_backward_cpu(dh, x12, dx12=x12, h=dh)
+    torch.autograd.graph.increment_version((dh, x12))
+    return sums
 
 
 def _check(x12: Tensor) -> None:
@@ -89,22 +137,34 @@ def _forward_native_cuda(x12: Tensor) -> Tensor:
 
 
 def _backward_native_cpu(dh: Tensor, x12: Tensor) -> Tensor:
-    """Native backward on the CPU."""
+    """Native backward on the CPU into a new tensor."""
     dh, dx12 = _adjacent_columns(dh), _empty_gradient(x12)
+    _launch_backward_cpu(dh, x12, dx12=dx12, h=None)
+    return dx12
+
+
+def _launch_backward_cpu(dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None) -> Tensor:
+    """Write dx12 and, if wanted, h; the column sums of dx12, added block by block in order."""
+    rows, width = x12.shape
+    partial = torch.empty(-(-rows // _ROWS_PER_BLOCK), width, dtype=torch.float32)
     native.module().swiglu_backward_cpu(
         dh=dh.data_ptr(),
         x12=x12.data_ptr(),
         dx12=dx12.data_ptr(),
-        rows=x12.shape[0],
-        hidden=x12.shape[1] // 2,
+        h=0 if h is None else h.data_ptr(),
+        partial=partial.data_ptr(),
+        rows=rows,
+        hidden=width // 2,
+        rows_per_block=_ROWS_PER_BLOCK,
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
+        h_row_stride=0 if h is None else h.stride(0),
         dtype=_dtype_name(x12),
         threads=torch.get_num_threads(),
         level=environment.cpu_level(),
     )
-    return dx12
+    return partial.sum(0)
 
 
 def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:

@@ -107,9 +107,9 @@ class Student(SubNetworks):
         if batch.local_crops.shape[0] > 0:
             crops, masks = [*crops, batch.local_crops], [*masks, None]
         with _precision(self.precision, batch.global_crops.device):
-            features = self.backbone.forward_features(crops, masks, generator=generator)
-            cls = torch.cat([group["x_norm_clstoken"] for group in features])  # [2B + LB, C]
-            patches = _masked_patches(features[0]["x_norm_patchtokens"], batch)  # [M, C]
+            cls, patches = self.backbone.forward_selected(  # [2B + LB, C], [M, C]
+                crops, masks, _masked_indices(batch), generator
+            )
             dino_scores, ibot_scores = self.scores(
                 None if targets.dino is None else cls, None if targets.ibot is None else patches
             )
@@ -250,10 +250,11 @@ def teacher_targets(pair: StudentTeacher, batch: Batch, *, temperature: float) -
         patch goes through a head.
     """
     with _precision(pair.student.precision, batch.global_crops.device):
-        features = pair.teacher.backbone.forward_features(batch.global_crops)
-        patches = _masked_patches(features["x_norm_patchtokens"], batch)  # [M, C]
+        cls, patches = pair.teacher.backbone.forward_selected(  # [2B, C], [M, C]
+            [batch.global_crops], [None], _masked_indices(batch)
+        )
         dino_scores, ibot_scores = pair.teacher.scores(
-            features["x_norm_clstoken"] if "dino" in pair.centering else None,
+            cls if "dino" in pair.centering else None,
             patches if "ibot" in pair.centering else None,
         )
     return Targets(
@@ -329,6 +330,7 @@ def _sub_networks(
         drop_ratio=config.drop_ratio,
         layer_scale=config.layer_scale,
         position_resize=config.position_resize,
+        recompute=config.recompute,
     )
     heads = {"dino_head": loss.dino_head}
     if loss.separate_ibot_head:
@@ -357,10 +359,9 @@ def _centered(
     return None if scores is None else pair.centering[term](scores, temperature=temperature)
 
 
-def _masked_patches(patches: Tensor, batch: Batch) -> Tensor:
-    """Features [M, C] of the masked patches out of those of all patches [2B, N, C]."""
-    # Cut to the true number first: padding goes through no head.
-    return patches.flatten(0, 1).index_select(0, batch.mask_indices[: batch.num_masked])
+def _masked_indices(batch: Batch) -> Tensor:
+    """Flat positions [M] of the masked patches; padding goes through no block's end and no head."""
+    return batch.mask_indices[: batch.num_masked]
 
 
 @contextlib.contextmanager

@@ -364,7 +364,8 @@ def test_compiles_fullgraph():
     compiled = torch.compile(model.forward_features, fullgraph=True, backend="eager")
 
     for out, expected in zip(compiled(batches), model.forward_features(batches), strict=True):
-        assert torch.equal(out["x_prenorm"], expected["x_prenorm"])
+        # Traced, a block is plain operations; run, it is one node with kernels of its own.
+        torch.testing.assert_close(out["x_prenorm"], expected["x_prenorm"])
 
 
 def test_exports():
@@ -372,7 +373,7 @@ def test_exports():
 
     exported = torch.export.export(model, (x,)).module()
 
-    assert torch.equal(exported(x), model(x))
+    torch.testing.assert_close(exported(x), model(x))
 
 
 def test_other_channels():

@@ -19,6 +19,11 @@ def block(ffn: str = "mlp", **options) -> Block:
     return Block(32, 2, ffn=ffn, **{"layer_scale": 0.7, **options})
 
 
+def assert_close_in_float32(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to the order of sums and fused roundings."""
+    assert ((out - expected).norm() / expected.norm()).item() <= 1e-6
+
+
 @pytest.mark.parametrize("ffn", FFNS)
 def test_is_two_pre_norm_residual_branches(ffn):
     layer, x = block(ffn), randn(2, 5, 32)
@@ -26,7 +31,7 @@ def test_is_two_pre_norm_residual_branches(ffn):
     middle = x + layer.ls1(layer.attn(layer.norm1(x)))
     expected = middle + layer.ls2(layer.mlp(layer.norm2(middle)))
 
-    assert torch.equal(layer(x), expected)
+    assert_close_in_float32(layer(x), expected)
 
 
 @pytest.mark.parametrize("ffn", FFNS)
@@ -146,7 +151,7 @@ def test_compiles_fullgraph():
 
     compiled = torch.compile(layer.eval(), fullgraph=True, backend="eager")
 
-    assert torch.equal(compiled(tokens, pack), layer(tokens, pack))
+    assert_close_in_float32(compiled(tokens, pack), layer(tokens, pack))
 
 
 @pytest.mark.parametrize("options", [{"ffn": "moe"}, {"drop_ratio": 1.0}, {"drop_ratio": -0.1}])

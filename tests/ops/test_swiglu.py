@@ -318,7 +318,7 @@ GOOD = {"rows": 2, "hidden": 3, "x12_row_stride": 6, "h_row_stride": 3}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float16"}, "expected float32 or bfloat16, got float16"),
+        ({"dtype": "float16"}, "x12 must be float32 or bfloat16, got float16"),
         ({"rows": -1}, "rows must not be negative, got -1"),
         ({"hidden": -1}, "hidden must not be negative, got -1"),
         ({"threads": 0}, "threads must be at least 1, got 0"),

@@ -31,3 +31,19 @@ def test_the_stored_trajectory_learns():
         [float.fromhex(word) for word in trajectory.stored()[step].split()] for step in (0, -1)
     )
     assert sum(last[:2]) < sum(first[:2])
+
+
+# Twenty steps let roundings of 1e-7 grow: relative distance allowed between the losses.
+FAST_DISTANCE = 1e-3
+CROSS_ENTROPIES = slice(0, 3)  # KoLeo's logarithm of almost equal features magnifies any rounding
+
+
+def test_the_fast_step_repeats_itself_bit_for_bit_and_stays_near_the_list():
+    found, again = (trajectory.measure(trajectory.FAST_ENVIRONMENT) for _ in range(2))
+
+    assert found == again
+    for step, lines in enumerate(zip(found, trajectory.stored(), strict=True)):
+        fast, expected = (
+            [float.fromhex(word) for word in line.split()][CROSS_ENTROPIES] for line in lines
+        )
+        assert fast == pytest.approx(expected, rel=FAST_DISTANCE), f"step {step}"

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -52,15 +53,18 @@ ENVIRONMENT = {
     # The C library has variants of exp and log for CPUs with fused multiply-add.
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX512F,-AVX2,-FMA,-FMA4",
     "DINOV2_FAST_BACKEND": "reference",
+    "DINOV2_FAST_BLOCK": "plain",
 }
+# What the same steps are computed with by default: native kernels, blocks that own their memory.
+FAST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def measure() -> list[str]:
+def measure(environment: Mapping[str, str] = ENVIRONMENT) -> list[str]:
     """Losses and gradient norms of every step as hexadecimal floats, from a new process."""
     finished = subprocess.run(
         [sys.executable, "-m", "tests.train.trajectory", "--inside"],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **environment},
         check=True,
         capture_output=True,
         text=True,
@@ -84,7 +88,8 @@ def run_steps() -> list[str]:
 
     with mock.patch.object(torch, "sqrt", exact_sqrt):
         lines = _run_steps()
-    assert num_calls > 0, "the optimizer no longer calls torch.sqrt: replace what it calls instead"
+    pinned = os.environ.get("DINOV2_FAST_BACKEND") == "reference"
+    assert num_calls > 0 or not pinned, "the optimizer no longer calls torch.sqrt: replace its call"
     return lines
 
 

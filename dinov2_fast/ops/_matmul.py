@@ -1,0 +1,58 @@
+"""Matrix products of a residual branch, through the fastest library for a type and a processor.
+
+Activations come in the storage type of the step (float32, bfloat16 or float16), weights in float32.
+On processors whose bfloat16 dot products are slower than float32 arithmetic, a product of bfloat16
+operands is computed in float32 and rounded once; docs/benchmarks.md has the measured table.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@functools.cache
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones.
+
+    True with matrix tiles (AMX), on AMD with AVX-512 dot products and on ARM with bfloat16. Intel's
+    AVX-512 dot product without AMX does half of what its float32 units do.
+    """
+    found = cast("dict[str, Any]", torch.cpu.get_capabilities())
+    if found.get("architecture") == "aarch64":
+        return bool(found.get("bf16"))
+    intel = "intel" in str(found.get("cpu_name", "")).lower()
+    return bool(found.get("amx_bf16")) or (bool(found.get("avx512_bf16")) and not intel)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in the type of x, whatever autocast says: [R, I] -> [R, O]."""
+    with torch.autocast(x.device.type, enabled=False):
+        if _in_weight_type(x, weight):
+            return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """`gradient @ weight` in the type of the gradient: [R, O] -> [R, I]."""
+    with torch.autocast(gradient.device.type, enabled=False):
+        if _in_weight_type(gradient, weight):
+            return torch.mm(gradient.to(weight.dtype), weight).to(gradient.dtype)
+        return torch.mm(gradient, weight.to(gradient.dtype))
+
+
+def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`gradient.T @ x` in the type of the weight: [R, O], [R, I] -> [O, I]."""
+    with torch.autocast(x.device.type, enabled=False):
+        if _in_weight_type(x, weight):
+            return torch.mm(gradient.to(weight.dtype).t(), x.to(weight.dtype))
+        return torch.mm(gradient.t(), x).to(weight.dtype)
+
+
+def _in_weight_type(x: Tensor, weight: Tensor) -> bool:
+    """Whether to convert the activations to the weight's type rather than the weight to theirs."""
+    return x.dtype == weight.dtype or (x.device.type == "cpu" and not has_fast_bfloat16())

@@ -1,0 +1,169 @@
+"""GELU: the activation between the two matrix products of a plain feed-forward layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2_fast import environment, native
+from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops._checks import accumulation_dtype, check_tensor
+from dinov2_fast.ops._declare import declare
+
+# Rows whose bias gradient one thread sums before the sums of all blocks are added in order.
+_ROWS_PER_BLOCK = 64
+
+
+def gelu_reference(x: Tensor) -> Tensor:
+    """`gelu` in plain PyTorch: the specification."""
+    return F.gelu(x)
+
+
+def gelu_backward_reference_(da: Tensor, x: Tensor) -> Tensor:
+    """`gelu_backward_` in plain PyTorch: the specification."""
+    wide = accumulation_dtype(x)
+    dx = torch.ops.aten.gelu_backward(da.to(wide), x.to(wide))  # [R, F]
+    da.copy_(F.gelu(x))
+    x.copy_(dx)
+    return dx.sum(0)
+
+
+def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """X * Phi(x), Phi the normal distribution function itself and no approximation by tanh.
+
+    Args:
+        x: [R, F], any float dtype; rows may be strided.
+        backend: one of `dinov2_fast.backends.BACKENDS`; None chooses.
+    Returns:
+        [R, F], the dtype of x. Kernels compute in float32 and round once at the end.
+    Raises:
+        ValueError: x is not a matrix.
+        TypeError: x does not hold floats.
+        BackendUnavailable: the explicit backend cannot compute this.
+    Source: Hendrycks, Gimpel, "Gaussian error linear units", 2016.
+    """
+    check_tensor("gelu", "x", x, "R", "F")
+    chosen = choose_backend("gelu", x, backend, refusals=_refusals(x=x))
+    return gelu_reference(x) if chosen == "reference" else _forward(x, chosen)
+
+
+def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tensor:
+    """The backward pass in place, for a caller that owns both tensors.
+
+    Args:
+        da: [R, F] gradient of the activation; becomes the activation gelu(x) itself.
+        x: [R, F] what the activation was computed of; becomes its gradient.
+        backend: one of `dinov2_fast.backends.BACKENDS`; None chooses.
+    Returns:
+        [F] float32 (float64 for float64 x), the column sums of x's gradient before it is rounded:
+        the gradient of a bias that was added to x.
+    Raises:
+        ValueError: the shapes or dtypes differ.
+        TypeError: not floats.
+        BackendUnavailable: the explicit backend cannot compute this.
+    """
+    check_tensor("gelu_backward_", "x", x, "R", "F")
+    check_tensor("gelu_backward_", "da", da, *x.shape)
+    if da.dtype != x.dtype:
+        raise ValueError(f"gelu_backward_: da must have the dtype of x {x.dtype}, got {da.dtype}")
+    if choose_backend("gelu", x, backend, refusals=_refusals(x=x, da=da)) == "reference":
+        return gelu_backward_reference_(da, x)
+    sums = _launch_backward(da, x, dx=x, activation=da)
+    torch.autograd.graph.increment_version((da, x))
+    return sums
+
+
+def _refusals(**tensors: Tensor) -> dict[str, str]:
+    """Why strides rule out the native backend."""
+    for name, tensor in tensors.items():
+        if tensor.stride(1) != 1 and tensor.numel() > 0:
+            why = f"{name} must have adjacent columns (stride 1), got stride {tensor.stride(1)}"
+            return {"native": why}
+    return {}
+
+
+def _forward_native_cpu(x: Tensor) -> Tensor:
+    """Native forward on the CPU."""
+    a = x.new_empty(x.shape)
+    native.module().gelu_forward_cpu(
+        x=x.data_ptr(),
+        a=a.data_ptr(),
+        rows=x.shape[0],
+        width=x.shape[1],
+        x_row_stride=x.stride(0),
+        a_row_stride=a.stride(0),
+        dtype=str(x.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        level=environment.cpu_level(),
+    )
+    return a
+
+
+def _backward_native_cpu(da: Tensor, x: Tensor) -> Tensor:
+    """Native backward on the CPU into a new tensor."""
+    da = da if da.stride(1) == 1 else da.contiguous()
+    dx = x.new_empty(x.shape)
+    _launch_backward(da, x, dx=dx, activation=None)
+    return dx
+
+
+def _launch_backward(da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None) -> Tensor:
+    """Write dx and, if wanted, gelu(x); the column sums of dx, added block by block in order."""
+    rows, width = x.shape
+    blocks = -(-rows // _ROWS_PER_BLOCK)
+    partial = torch.empty(blocks, width, dtype=torch.float32)
+    native.module().gelu_backward_cpu(
+        da=da.data_ptr(),
+        x=x.data_ptr(),
+        dx=dx.data_ptr(),
+        activation=0 if activation is None else activation.data_ptr(),
+        partial=partial.data_ptr(),
+        rows=rows,
+        width=width,
+        rows_per_block=_ROWS_PER_BLOCK,
+        da_row_stride=da.stride(0),
+        x_row_stride=x.stride(0),
+        dx_row_stride=dx.stride(0),
+        activation_row_stride=0 if activation is None else activation.stride(0),
+        dtype=str(x.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        level=environment.cpu_level(),
+    )
+    return partial.sum(0)
+
+
+def _forward_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _backward_fake(da: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    """Keep x alone."""
+    x, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _gradient(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
+    """Gradients of (x, backend)."""
+    (x,) = ctx.saved_tensors
+    return _backward(da, x, ctx.backend), None
+
+
+_backward = declare(
+    "gelu_backward(Tensor da, Tensor x, str backend) -> Tensor",
+    kernels={("native", "cpu"): _backward_native_cpu},
+    fake=_backward_fake,
+)
+_forward = declare(
+    "gelu(Tensor x, str backend) -> Tensor",
+    kernels={("native", "cpu"): _forward_native_cpu},
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
+)
