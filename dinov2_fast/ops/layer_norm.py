@@ -58,9 +58,9 @@ def layer_norm_forward_reference(
     """`layer_norm_forward` in plain PyTorch: the specification."""
     wide = accumulation_dtype(x)
     selected = (x if rows is None else x.index_select(0, rows)).to(wide)  # [R, C]
-    variance, mean = torch.var_mean(selected, dim=1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(variance + eps)  # [R, 1]
-    y = (selected - mean) * rstd * weight + bias
+    centred = selected - selected.mean(dim=1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)  # [R, 1]
+    y = centred * rstd * weight + bias
     return y.to(out_dtype or x.dtype), rstd.squeeze(1).to(wide)
 
 
