@@ -93,6 +93,10 @@ template <typename X, typename Y> struct ForwardRows {
     for (int64_t row = begin; row < end; ++row) {
       const X* __restrict x = static_cast<const X*>(p.x) + selected(p.rows, row) * p.x_row_stride;
       Y* __restrict y = static_cast<Y*>(p.y) + row * p.y_row_stride;
+      if (row + 1 < end)
+        prefetch_row(static_cast<const X*>(p.x) + selected(p.rows, row + 1) * p.x_row_stride,
+                     channels);
+      prefetch_row(y, channels);
       const float mean = sum_of(x, channels) / static_cast<float>(channels);
       const float variance = sum_of_squares(x, mean, channels) / static_cast<float>(channels);
       const float rstd = 1.0f / std::sqrt(variance + p.eps);
@@ -122,6 +126,13 @@ template <typename D, typename G, typename S> struct BackwardRows {
       const S* __restrict source =
           static_cast<const S*>(p.source) + selected(p.source_rows, row) * p.source_row_stride;
       D* __restrict dx = static_cast<D*>(p.dx) + selected(p.dx_rows, row) * p.dx_row_stride;
+      prefetch_row(dx, channels);
+      if (row + 1 < end) {
+        prefetch_row(static_cast<const S*>(p.source) +
+                         selected(p.source_rows, row + 1) * p.source_row_stride,
+                     channels);
+        prefetch_row(dy + p.dy_row_stride, channels);
+      }
       const float rstd = p.rstd[row];
       const float mean = p.mean == nullptr ? 0.0f : p.mean[row];
       const float scale = p.mean == nullptr ? 1.0f : rstd;

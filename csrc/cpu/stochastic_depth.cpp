@@ -48,6 +48,11 @@ template <typename X, typename R> struct ForwardRows {
       const R* __restrict residual =
           static_cast<const R*>(p.residual) + row * p.residual_row_stride;
       const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[row];
+      if (row + 1 < end) {
+        prefetch_row(static_cast<const X*>(p.x) + selected(p.rows, row + 1) * p.x_row_stride,
+                     channels);
+        prefetch_row(residual + p.residual_row_stride, channels);
+      }
 #pragma omp simd
       for (int64_t i = 0; i < channels; ++i)
         store(x[i], load(x[i]) + load(residual[i]) * scale * gamma[i]);
@@ -70,6 +75,11 @@ template <typename D, typename G> struct BackwardRows {
           static_cast<const G*>(p.residual) + row * p.residual_row_stride;
       G* __restrict g = static_cast<G*>(p.g) + row * p.g_row_stride;
       const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[row];
+      if (row + 1 < end) {
+        prefetch_row(static_cast<const D*>(p.dx) + selected(p.rows, row + 1) * p.dx_row_stride,
+                     channels);
+        prefetch_row(g + p.g_row_stride, channels);
+      }
       if (sums == nullptr) {
 #pragma omp simd
         for (int64_t i = 0; i < channels; ++i)

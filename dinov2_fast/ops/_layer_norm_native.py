@@ -92,7 +92,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     """x_hat is (source - mean - shift) * rstd * inverse; without a mean, without rstd."""
     num_rows, channels = dy.shape
-    sums = new_partials(weight, 1, 2, channels)[0]  # [2, C]
+    sums = weight.new_empty((2, channels), dtype=torch.float32)
     wide = weight.float()
     run_cpu(
         "layer_norm_backward_cpu",
@@ -121,5 +121,5 @@ def _backward_cpu(
         source_dtype=dtype_name(source),
         dx_dtype=dtype_name(dx),
     )
-    dweight, dbias = sums.to(weight.dtype)
-    return dweight, dbias
+    # Storage of their own: outputs of an op must not share any.
+    return sums[0].to(weight.dtype, copy=True), sums[1].to(weight.dtype, copy=True)

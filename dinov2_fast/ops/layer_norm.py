@@ -58,9 +58,10 @@ def layer_norm_forward_reference(
     """`layer_norm_forward` in plain PyTorch: the specification."""
     wide = accumulation_dtype(x)
     selected = (x if rows is None else x.index_select(0, rows)).to(wide)  # [R, C]
-    scale, shift = weight.to(wide), bias.to(wide)
-    y, _, rstd = torch.native_layer_norm(selected, weight.shape, scale, shift, eps)
-    return y.to(out_dtype or x.dtype), rstd.flatten()
+    centred = selected - selected.mean(dim=1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + eps)  # [R, 1]
+    y = centred * rstd * weight + bias
+    return y.to(out_dtype or x.dtype), rstd.squeeze(1).to(wide)
 
 
 def layer_norm_backward_reference_(

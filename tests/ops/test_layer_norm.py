@@ -1,15 +1,23 @@
-"""No test_opcheck: the reference is all there is, and it registers nothing with torch.library."""
-
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.layer_norm import layer_norm, layer_norm_reference
 from tests.inputs import COMPILERS, DTYPES, ROW_SHAPES, leaves, randn, randperm
 from tests.tolerance import assert_within_error_budget
+
+# opcheck itself looks at .grad of tensors that are not leaves.
+OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
+
+
+@pytest.fixture
+def on_native() -> None:
+    if native.why_not():
+        pytest.skip(f"layer_norm: native: {native.why_not()}")
 
 
 def make_inputs(
@@ -151,6 +159,74 @@ def test_compiles_fullgraph(compiler: str, backend: str, device: str):
     torch.testing.assert_close(out, expected)
     for compiled_leaf, eager_leaf in zip(inputs, eager_inputs, strict=True):
         torch.testing.assert_close(compiled_leaf.grad, eager_leaf.grad)
+
+
+@pytest.mark.filterwarnings(OPCHECK_WARNING)
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_opcheck(with_rows: bool, on_native: None):
+    x, weight, bias = make_inputs(6, 8, torch.float32, "cpu")
+    rows = torch.tensor([5, 0, 2]) if with_rows else None
+    for inputs in ([x, weight, bias], leaves(x, weight, bias)):
+        torch.library.opcheck(
+            torch.ops.dinov2_fast.layer_norm.default, (*inputs, 1e-6, rows, "native")
+        )
+    y, mean, rstd = torch.ops.dinov2_fast.layer_norm(x, weight, bias, 1e-6, rows, "native")
+    torch.library.opcheck(
+        torch.ops.dinov2_fast.layer_norm_backward.default,
+        (y, x, weight, mean, rstd, rows, "native"),
+    )
+
+
+def test_a_row_selected_twice_collects_both_gradients(backend: str, device: str):
+    inputs = leaves(*make_inputs(5, 8, torch.float32, device))
+    rows = torch.tensor([1, 1, 4], device=device)
+    out = layer_norm(*inputs, rows=rows, backend=backend)
+    expected = layer_norm_reference(*inputs, eps=1e-6, rows=rows)
+    incoming = randn(3, 8, device=device, seed=3)
+    (dx,) = torch.autograd.grad(out, inputs[:1], incoming)
+    (expected_dx,) = torch.autograd.grad(expected, inputs[:1], incoming)
+    torch.testing.assert_close(dx, expected_dx)
+
+
+def test_rows_of_a_wider_tensor_and_expanded_gradients(backend: str, device: str):
+    wide = randn(7, 40, device=device)
+    x, weight, bias = leaves(wide[1:, 3:25], *make_inputs(1, 22, torch.float32, device)[1:])
+    strided = wide[1:, 3:25].requires_grad_()
+    out = layer_norm(strided, weight, bias, backend=backend)
+    assert torch.equal(out, layer_norm(x, weight, bias, backend=backend))
+    (dx,) = torch.autograd.grad(out.sum(), strided)
+    assert dx.shape == x.shape
+
+
+def test_automatic_choice_takes_the_reference_for_what_the_kernel_refuses(on_native: None):
+    weight, bias = randn(8), randn(8, seed=1)
+    for x in (randn(4, 16)[:, ::2], randn(2, 6, 8)[:, ::2], randn(4, 8).half()):
+        out = layer_norm(x, weight, bias)
+        assert torch.equal(out, layer_norm_reference(x, weight, bias, eps=1e-6))
+        with pytest.raises(BackendUnavailable, match="layer_norm: backend 'native' cannot"):
+            layer_norm(x, weight, bias, backend="native")
+
+
+def test_the_extension_itself_refuses_bad_arguments(on_native: None):
+    x, y, vector = torch.zeros(4, 8), torch.full((2, 8), 7.0), torch.ones(8)
+    rows, rstd = torch.tensor([0, 4]), torch.zeros(2)
+    tensors = {"x": x, "weight": vector, "bias": vector, "rows": rows, "y": y, "rstd": rstd}
+    good = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    good |= {"mean": 0, "num_x_rows": 5, "num_rows": 2, "channels": 8, "x_row_stride": 8}
+    good |= {"y_row_stride": 8, "eps": 1e-6, "x_dtype": "float32", "y_dtype": "float32"}
+    good |= {"threads": 1, "level": "auto"}
+    for change, message in [
+        ({"num_x_rows": 4}, r"rows must be in \[0, 4\), got 0 to 4"),
+        ({"rows": 0, "num_x_rows": 1}, "num_rows must be at most 1, got 2"),
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"x_dtype": "float16"}, "x must be float32 or bfloat16, got float16"),
+        ({"y": 0}, "y must not be a null pointer"),
+        ({"weight": 0}, "weight must not be a null pointer"),
+        ({"y_row_stride": 7}, "y: expected a row stride of at least 8 elements, got 7"),
+    ]:
+        with pytest.raises(ValueError, match=f"layer_norm_forward_cpu: {message}"):
+            native.module().layer_norm_forward_cpu(**(good | change))
+    assert torch.equal(y, torch.full((2, 8), 7.0))
 
 
 def test_an_explicit_backend_without_a_kernel_raises():

@@ -1,5 +1,3 @@
-"""No test_opcheck: the reference is all there is, and it registers nothing with torch.library."""
-
 from __future__ import annotations
 
 import pytest
@@ -7,14 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.stochastic_depth import (
     KeptRows,
     draw_kept_rows,
     gather_rows,
     gather_rows_reference,
+    gather_scaled,
     keep_count,
     scatter_add_scaled,
+    scatter_add_scaled_,
     scatter_add_scaled_reference,
 )
 from dinov2_fast.packing import Pack
@@ -22,6 +23,15 @@ from tests.inputs import COMPILERS, DTYPES, GROUPS, leaves, randn
 from tests.tolerance import assert_within_error_budget
 
 GROUP_LISTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=4)
+
+# opcheck itself looks at .grad of tensors that are not leaves.
+OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
+
+
+@pytest.fixture
+def on_native() -> None:
+    if native.why_not():
+        pytest.skip(f"stochastic_depth: native: {native.why_not()}")
 
 
 def draw(pack: Pack, drop_ratio: float = 0.4, seed: int = 0) -> KeptRows:
@@ -237,6 +247,60 @@ def test_compiles_fullgraph(compiler: str, backend: str, device: str):
     torch.testing.assert_close(out, expected)
     for compiled_leaf, eager_leaf in zip(inputs, eager_inputs, strict=True):
         torch.testing.assert_close(compiled_leaf.grad, eager_leaf.grad)
+
+
+@pytest.mark.filterwarnings(OPCHECK_WARNING)
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_opcheck(with_gamma: bool, on_native: None):
+    (x, residual, gamma), kept = make_inputs(((3, 2), (2, 1)), torch.float32, "cpu")
+    ops, rest = torch.ops.dinov2_fast, (kept.rows, kept.row_scale)
+    for inputs in ([x, residual, gamma], leaves(x, residual, gamma)):
+        last = inputs[2] if with_gamma else None
+        torch.library.opcheck(ops.scatter_add_scaled.default, (*inputs[:2], *rest, last, "native"))
+        torch.library.opcheck(ops.gather_rows.default, (inputs[0], kept.rows, "native"))
+    torch.library.opcheck(
+        ops.scatter_add_scaled_backward.default,
+        (x, residual, *rest, gamma if with_gamma else None, "native"),
+    )
+
+
+def test_automatic_choice_takes_the_reference_for_what_the_kernel_refuses(on_native: None):
+    rows, ones = torch.tensor([2, 0]), torch.ones(2)
+    for x in (randn(4, 16)[:, ::2], randn(4, 8, dtype=torch.float64), randn(4, 8).half()):
+        residual = randn(2, 8, dtype=x.dtype)
+        out = scatter_add_scaled(x, residual, rows, ones, None)
+        assert torch.equal(out, scatter_add_scaled_reference(x, residual, rows, ones, None))
+        for call in (
+            lambda x=x, r=residual: scatter_add_scaled(x, r, rows, ones, None, backend="native"),
+            lambda x=x: gather_rows(x, rows, backend="native"),
+            lambda x=x: gather_scaled(x, rows, ones, backend="native"),
+        ):
+            with pytest.raises(BackendUnavailable, match="backend 'native' cannot compute"):
+                call()
+    overlapping = torch.zeros(8).expand(4, 8)
+    with pytest.raises(BackendUnavailable, match="rows that do not overlap"):
+        scatter_add_scaled_(overlapping, randn(2, 8), rows, ones, None, backend="native")
+
+
+def test_the_extension_itself_refuses_bad_arguments(on_native: None):
+    x, residual, ones = torch.full((4, 8), 7.0), torch.ones(2, 8), torch.ones(8)
+    rows = torch.tensor([3, -1])
+    tensors = {"x": x, "residual": residual, "rows": rows, "row_scale": ones, "gamma": ones}
+    good = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    good |= {"num_x_rows": 4, "num_rows": 2, "channels": 8, "x_row_stride": 8}
+    good |= {"residual_row_stride": 8, "x_dtype": "float32", "residual_dtype": "float32"}
+    good |= {"threads": 1, "level": "auto"}
+    for change, message in [
+        ({}, r"rows must be in \[0, 4\), got -1 to 3"),
+        ({"rows": 0, "num_rows": 5}, "num_rows must be at most 4, got 5"),
+        ({"rows": 0, "num_rows": -1}, "num_rows must not be negative, got -1"),
+        ({"rows": 0, "gamma": 0}, "gamma must not be a null pointer"),
+        ({"rows": 0, "threads": 0}, "threads must be at least 1, got 0"),
+        ({"rows": 0, "residual_dtype": "int8"}, "residual must be float32 or bfloat16, got int8"),
+    ]:
+        with pytest.raises(ValueError, match=f"stochastic_depth_forward_cpu: {message}"):
+            native.module().stochastic_depth_forward_cpu(**(good | change))
+    assert torch.equal(x, torch.full((4, 8), 7.0))
 
 
 def test_an_explicit_backend_without_a_kernel_raises():
