@@ -29,8 +29,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": _REFERENCE_ONLY,
     # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
-    "sinkhorn": _REFERENCE_ONLY,
-    "cross_entropy": _REFERENCE_ONLY,
+    "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "koleo": _REFERENCE_ONLY,
     "optimizer": _REFERENCE_ONLY,
 }
@@ -39,6 +39,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
+    ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
 }
 
 _logger = logging.getLogger("dinov2_fast")

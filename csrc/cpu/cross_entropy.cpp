@@ -38,16 +38,16 @@ struct Params {
 };
 
 struct Forward : Params {
-  float* loss;       // [S]
-  float* lse;        // [S] log(sum(exp(student / temperature)))
-  float* target_sum; // [S]
+  float* loss;        // [S]
+  double* normalizer; // [S] score whose softmax would be 1: temperature * log-sum-exp
+  float* target_sum;  // [S]
 };
 
 struct Backward : Params {
-  const float* grad_loss;  // [S]
-  const float* lse;        // [S]
-  const float* target_sum; // [S]
-  void* grad;              // [S, K]
+  const float* grad_loss;   // [S]
+  const double* normalizer; // [S]
+  const float* target_sum;  // [S]
+  void* grad;               // [S, K]
   int64_t grad_row_stride;
 };
 
@@ -154,8 +154,8 @@ template <typename S, typename T>
     }
     const double log_sum = std::log(sums.exps);
     p.loss[row] = static_cast<float>(log_sum * sums.targets - sums.products);
-    p.lse[row] = static_cast<float>(log_sum + static_cast<double>(largest) *
-                                                  static_cast<double>(p.student_scale));
+    p.normalizer[row] =
+        static_cast<double>(largest) + log_sum / static_cast<double>(p.student_scale);
     p.target_sum[row] = static_cast<float>(sums.targets);
   }
 }
@@ -168,7 +168,10 @@ template <typename S, typename T>
     const S* student = static_cast<const S*>(p.student) + row * p.student_row_stride;
     S* gradient = static_cast<S*>(p.grad) + row * p.grad_row_stride;
     const Teachers<T> teachers = teachers_of<T>(p, row);
-    const float lse = p.lse[row], total = p.target_sum[row], factor = p.grad_loss[row] * scale;
+    const float total = p.target_sum[row], factor = p.grad_loss[row] * scale;
+    // In two floats: its rounding would scale the whole row.
+    const float high = static_cast<float>(p.normalizer[row]);
+    const float low = static_cast<float>(p.normalizer[row] - static_cast<double>(high));
     for (int64_t k = 0; k < p.prototypes; k += kColumns) {
       const int64_t count = std::min(kColumns, p.prototypes - k);
       targets_of(p, teachers, k, count, targets);
@@ -176,7 +179,7 @@ template <typename S, typename T>
       S* __restrict out = gradient + k;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        const float softmax = exp_nonpositive(load(x[i]) * scale - lse);
+        const float softmax = exp_nonpositive(((load(x[i]) - high) - low) * scale);
         store(out[i], (softmax * total - targets[i]) * factor);
       }
     }
@@ -320,7 +323,7 @@ void cross_entropy_forward(const py::kwargs& a) {
   Forward p{};
   fill(p, a);
   p.loss = pointer<float>(a, "loss");
-  p.lse = pointer<float>(a, "lse");
+  p.normalizer = pointer<double>(a, "normalizer");
   p.target_sum = pointer<float>(a, "target_sum");
   start("cross_entropy_forward_cpu", p, a);
 }
@@ -330,7 +333,7 @@ void cross_entropy_backward(const py::kwargs& a) {
   Backward p{};
   fill(p, a);
   p.grad_loss = pointer<const float>(a, "grad_loss");
-  p.lse = pointer<const float>(a, "lse");
+  p.normalizer = pointer<const double>(a, "normalizer");
   p.target_sum = pointer<const float>(a, "target_sum");
   p.grad = pointer<void>(a, "grad");
   p.grad_row_stride = a["grad_row_stride"].cast<int64_t>();
@@ -364,10 +367,11 @@ void cross_entropy_in_place(const py::kwargs& a) {
 void bind_cross_entropy_cpu(py::module_& m) {
   using namespace dinov2_fast;
   m.def("cross_entropy_forward_cpu", &cross_entropy_forward,
-        "student [S, K], teacher [R, K], log_u [K], log_v [R], teacher_rows [S, P] -> loss, lse "
+        "student [S, K], teacher [R, K], log_u [K], log_v [R], teacher_rows [S, P] -> loss, "
+        "normalizer "
         "and target_sum [S]; keywords: pointers, sizes, row strides in elements.");
   m.def("cross_entropy_backward_cpu", &cross_entropy_backward,
-        "As forward, with grad_loss, lse and target_sum [S] -> grad [S, K].");
+        "As forward, with grad_loss, normalizer and target_sum [S] -> grad [S, K].");
   m.def("cross_entropy_in_place_cpu", &cross_entropy_in_place,
         "As forward, with row_weights [S], scratch [slots, K] -> loss [S]; student, float32, "
         "becomes the gradient of sum(row_weights * loss).");

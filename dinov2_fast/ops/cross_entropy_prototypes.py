@@ -7,6 +7,7 @@ forward pass makes them and nothing is computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fast import native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
@@ -22,7 +24,11 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops.cross_entropy import cross_entropy_reference
+from dinov2_fast.ops.cross_entropy import (
+    cross_entropy_reference,
+    kernel_arguments,
+    why_not_native,
+)
 
 _CHUNK_ELEMENTS = 2**23  # 32 MiB of float32: a chunk's scores come back from the cache, or nearly
 _MOST_TEACHERS = 2
@@ -109,7 +115,10 @@ def prototype_cross_entropy(
         chunk_rows = max(_CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
-    choose_backend("cross_entropy", features, backend)
+    refusals = why_not_native(teacher_logits, log_u, log_v)
+    if torch.float64 in (weight.dtype, row_weights.dtype):
+        refusals = {"native": "weight and row_weights must not be float64"}
+    chosen = choose_backend("cross_entropy", features, backend, refusals=refusals)
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     with torch.autocast(features.device.type, enabled=False):
         total, losses = _PrototypeCrossEntropy.apply(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
@@ -117,6 +126,7 @@ def prototype_cross_entropy(
             (student_temperature, teacher_temperature),
             chunk_rows,
             wants_gradient,
+            _losses_and_gradient_native_ if chosen == "native" else _losses_and_gradient_,
         )
     return total, losses  # pyright: ignore[reportUnknownVariableType]
 
@@ -173,9 +183,10 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         temperatures: tuple[float, float],
         chunk_rows: int,
         wants_gradient: bool,
+        losses_and_gradient_: Callable[..., Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum and the losses [S]."""
-        dtype = accumulation_dtype(features, weight, teacher, log_u, log_v)
+        dtype = accumulation_dtype(features, weight, teacher, log_u, log_v, row_weights)
         x, prototypes = features.to(dtype), weight.to(dtype)
         weights, rows = row_weights.to(dtype), x.shape[0]
         losses = x.new_empty(rows)
@@ -185,7 +196,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         for begin in range(0, rows, chunk_rows):
             chunk = slice(begin, min(begin + chunk_rows, rows))
             logits = torch.mm(x[chunk], prototypes.T, out=buffer[: chunk.stop - begin])  # [c, K]
-            losses[chunk] = _losses_and_gradient_(
+            losses[chunk] = losses_and_gradient_(
                 logits, teacher, log_u, log_v, teacher_rows[chunk], weights[chunk], *temperatures
             )
             if d_x is not None and d_prototypes is not None:
@@ -206,7 +217,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         # A factor of exactly 1 is the usual one, and the prototypes' gradient is large.
         if grad_total.device.type != "cpu" or grad_total.item() != 1.0:
             gradients = [gradient * grad_total for gradient in gradients]
-        return *gradients, *([None] * 8)
+        return *gradients, *([None] * 9)
 
 
 def _losses_and_gradient_(
@@ -225,11 +236,45 @@ def _losses_and_gradient_(
         present = (rows >= 0).nonzero()[:, 0]
         taken = rows[present]
         scores = teacher.index_select(0, taken).to(logits.dtype).div_(teacher_temperature)
-        scores.add_(log_u).add_(log_v.index_select(0, taken).unsqueeze(1))
+        scores.add_(log_u + log_v.index_select(0, taken).unsqueeze(1))
         targets.index_add_(0, present, scores.exp_())
     log_p = logits.div_(student_temperature)
     log_p.sub_(log_p.logsumexp(dim=1, keepdim=True))
     losses = -(targets * log_p).sum(dim=1)
     gradient = log_p.exp_().mul_(targets.sum(dim=1, keepdim=True)).sub_(targets)
     gradient.mul_((row_weights / student_temperature).unsqueeze(1))
+    return losses
+
+
+def _losses_and_gradient_native_(
+    logits: Tensor,
+    teacher: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    teacher_rows: Tensor,
+    row_weights: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """As `_losses_and_gradient_`, in one pass of the CPU kernel over each row."""
+    losses = logits.new_empty(logits.shape[0])
+    log_u, log_v, row_weights = log_u.contiguous(), log_v.contiguous(), row_weights.contiguous()
+    teacher_rows = teacher_rows.contiguous()
+    slots = max(min(torch.get_num_threads(), logits.shape[0]), 1)
+    scratch = logits.new_empty(slots, logits.shape[1])  # the targets of the row in work
+    native.module().cross_entropy_in_place_cpu(
+        **kernel_arguments(
+            logits,
+            teacher,
+            log_u,
+            log_v,
+            teacher_rows,
+            float(student_temperature),
+            float(teacher_temperature),
+        ),
+        row_weights=row_weights.data_ptr(),
+        loss=losses.data_ptr(),
+        scratch=scratch.data_ptr(),
+        slots=slots,
+    )
     return losses
