@@ -30,8 +30,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
     "gelu": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "sinkhorn": _REFERENCE_ONLY,
-    "cross_entropy": _REFERENCE_ONLY,
+    "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "koleo": _REFERENCE_ONLY,
     "optimizer": _REFERENCE_ONLY,
 }
@@ -44,6 +44,8 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
+    ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
 }
 
 _logger = logging.getLogger("dinov2_fast")

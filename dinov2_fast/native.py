@@ -74,7 +74,8 @@ def why_not_for(op: str, device_type: str) -> str:
         reason = _why_not_cuda()
         if reason:
             return reason
-    if not hasattr(loaded, f"{op}_forward_{device_type}"):
+    kernels = (name for name in dir(loaded) if name.endswith(f"_{device_type}"))
+    if not any(name.startswith(f"{op}_") for name in kernels):
         return f"the extension has no {device_type} kernel for {op}"
     return ""
 

@@ -148,11 +148,12 @@ def _sinkhorn(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
 def _cross_entropy(dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
     student = _numbers(8, 40, dtype=dtype, device=device).requires_grad_()
     teacher = _numbers(4, 40, dtype=dtype, device=device, seed=1)
-    log_v = -teacher.logsumexp(dim=1)
+    # The vectors of the targets are float32 at least, as sinkhorn gives them.
+    log_v = -teacher.to(torch.promote_types(dtype, torch.float32)).logsumexp(dim=1)
     loss = cross_entropy(
         student,
         teacher,
-        torch.zeros_like(teacher[0]),
+        log_v.new_zeros(40),
         log_v,
         teacher_rows=torch.arange(8, device=device) % 4,
         student_temperature=0.5,

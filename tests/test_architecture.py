@@ -153,8 +153,11 @@ def room_or_none(path: Path) -> str | None:
 def test_every_op_has_its_files_under_one_stem():
     ops = {p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_")}
     tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests/ops").glob("test_*.py")}
-    assert ops == STEMS
-    assert tests == STEMS
+    # A part of an op in a file of its own carries the stem in front: cross_entropy_prototypes.
+    parts = {stem for stem in ops if any(stem.startswith(f"{whole}_") for whole in STEMS)}
+    assert ops - parts == STEMS
+    assert tests >= ops
+    assert {stem for stem in tests - ops if not stem.startswith(tuple(STEMS))} == set()
     assert set(PREFERENCE) == STEMS
 
 

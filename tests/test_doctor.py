@@ -80,7 +80,7 @@ def test_a_raising_or_nan_kernel_is_found_and_the_report_lives(monkeypatch: pyte
         return [torch.full((3,), torch.nan if dtype == torch.float32 else 1.0, dtype=dtype)]
 
     monkeypatch.setattr(self_test, "_TRIALS", {"koleo": raising, "sinkhorn": nan})
-    rows = doctor._self_test(("cpu",))
+    rows = [row for row in doctor._self_test(("cpu",)) if row["backend"] == "reference"]
     assert [row["passed"] for row in rows] == [False, False]
     assert rows[0]["message"] == "RuntimeError: no luck"
     json.dumps(rows, allow_nan=False)

@@ -83,18 +83,25 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Score tokens.
+    def forward(self, x: Tensor, *, scored: bool = True) -> Tensor | tuple[Tensor, Tensor]:
+        """Score tokens, or give what makes their scores.
 
         Args:
             x: [R, C] normalised backbone outputs, CLS or patches.
+            scored: False leaves the product of the two to a loss that never stores it whole.
         Returns:
-            [R, K] logits before any temperature.
+            [R, K] logits before any temperature; not scored, the unit vectors
+            [R, bottleneck_dim] and the prototypes [K, bottleneck_dim] whose products they are.
         """
-        x = self.mlp(x)  # [R, bottleneck_dim]
+        x = self.bottleneck(x)
+        return self.last_layer(x) if scored else (x, self.last_layer.weight)
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """Unit vectors [R, bottleneck_dim] of tokens x [R, C]: what meets the prototypes."""
+        x = self.mlp(x)
         # 1e-12 is zero in float16, and a zero row would divide by it.
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
-        return self.last_layer(F.normalize(x, dim=-1, eps=eps))
+        return F.normalize(x, dim=-1, eps=eps)
 
 
 def _projection(in_dim: int, hidden_dim: int, bottleneck_dim: int, num_layers: int) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
@@ -19,6 +20,9 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
+from dinov2_fast.ops._declare import declare
+
+_TEACHER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The work goes block by block of rows: temporaries of the size of the logits would triple their
 # memory. On the CPU a block (1 MiB in float32) stays in the cache; elsewhere it hides the launches.
@@ -92,12 +96,19 @@ def cross_entropy(
     check_positive(
         op, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
-    choose_backend(op, student_logits, backend)  # raises for what has no kernel
+    teacher_logits, log_u, log_v = teacher_logits.detach(), log_u.detach(), log_v.detach()
+    refusals = why_not_native(teacher_logits, log_u, log_v, student_logits)
+    chosen = choose_backend(op, student_logits, backend, refusals=refusals)
+    if chosen != "reference":
+        rows = teacher_rows.contiguous().unsqueeze(1)
+        vectors = log_u.contiguous(), log_v.contiguous()
+        temperatures = float(student_temperature), float(teacher_temperature)
+        return _forward(student_logits, teacher_logits, *vectors, rows, *temperatures, chosen)[0]
     return _CrossEntropy.apply(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
         student_logits,
-        teacher_logits.detach(),
-        log_u.detach(),
-        log_v.detach(),
+        teacher_logits,
+        log_u,
+        log_v,
         teacher_rows,
         student_temperature,
         teacher_temperature,
@@ -167,3 +178,125 @@ def _targets(
     """Targets [b, K] of some student rows."""
     targets = teacher.index_select(0, rows).to(dtype).div_(temperature)
     return targets.add_(log_u).add_(log_v.index_select(0, rows).unsqueeze(1)).exp_()
+
+
+def why_not_native(teacher: Tensor, log_u: Tensor, log_v: Tensor, *rows: Tensor) -> dict[str, str]:
+    """Refusals for `choose_backend`: what the kernels do not take besides their main input.
+
+    Args:
+        teacher: [R, K] logits.
+        log_u: [K] of the targets.
+        log_v: [R] of the targets.
+        rows: other matrices whose columns must be adjacent.
+    Returns:
+        Empty, or "native" -> why not.
+    """
+    why = ""
+    if teacher.dtype not in _TEACHER_DTYPES:
+        why = f"teacher_logits must be float32, bfloat16 or float16, got {teacher.dtype}"
+    elif not log_u.dtype == log_v.dtype == torch.float32:
+        why = f"log_u and log_v must be float32, got {log_u.dtype} and {log_v.dtype}"
+    elif any(matrix.stride(1) != 1 for matrix in (teacher, *rows) if matrix.numel() > 0):
+        why = "logits must have adjacent columns (stride 1)"
+    return {"native": why} if why else {}
+
+
+def kernel_arguments(
+    student: Tensor,
+    teacher: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    rows: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> dict[str, Any]:
+    """What every CPU kernel of this op takes; rows are [S, P], and vectors are contiguous."""
+    return {
+        "student": student.data_ptr(),
+        "teacher": teacher.data_ptr(),
+        "log_u": log_u.data_ptr(),
+        "log_v": log_v.data_ptr(),
+        "teacher_rows": rows.data_ptr(),
+        "rows": student.shape[0],
+        "prototypes": student.shape[1],
+        "num_teacher_rows": teacher.shape[0],
+        "num_teachers": rows.shape[1],
+        "student_row_stride": student.stride(0),
+        "teacher_row_stride": teacher.stride(0),
+        "student_temperature": student_temperature,
+        "teacher_temperature": teacher_temperature,
+        "student_dtype": str(student.dtype).removeprefix("torch."),
+        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "level": environment.cpu_level(),
+    }
+
+
+def _forward_native_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, temperature * log-sum-exp and sum of targets of each row on the CPU."""
+    loss, normalizer, target_sum = _forward_fake(student, *arguments)
+    native.module().cross_entropy_forward_cpu(
+        **kernel_arguments(student, *arguments),
+        loss=loss.data_ptr(),
+        normalizer=normalizer.data_ptr(),
+        target_sum=target_sum.data_ptr(),
+    )
+    return loss, normalizer, target_sum
+
+
+def _backward_native_cpu(
+    grad_loss: Tensor, normalizer: Tensor, target_sum: Tensor, student: Tensor, *arguments: Any
+) -> Tensor:
+    """Gradient of the student's logits on the CPU."""
+    grad, grad_loss = student.new_empty(student.shape), grad_loss.contiguous()
+    native.module().cross_entropy_backward_cpu(
+        **kernel_arguments(student, *arguments),
+        grad_loss=grad_loss.data_ptr(),
+        normalizer=normalizer.data_ptr(),
+        target_sum=target_sum.data_ptr(),
+        grad=grad.data_ptr(),
+        grad_row_stride=grad.stride(0),
+    )
+    return grad
+
+
+def _forward_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss = student.new_empty(student.shape[0], dtype=torch.float32)
+    return loss, torch.empty_like(loss, dtype=torch.float64), torch.empty_like(loss)
+
+
+def _backward_fake(
+    grad_loss: Tensor, normalizer: Tensor, target_sum: Tensor, student: Tensor, *arguments: Any
+) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the inputs and two numbers a row."""
+    _, normalizer, target_sum = output
+    ctx.save_for_backward(normalizer, target_sum, *inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _gradient(ctx: Any, grad_loss: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the student and of nothing else."""
+    return _backward(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+_INPUTS = (
+    "Tensor student, Tensor teacher, Tensor log_u, Tensor log_v, Tensor rows, "
+    "float student_temperature, float teacher_temperature, str backend"
+)
+_backward = declare(
+    f"cross_entropy_backward(Tensor grad_loss, Tensor normalizer, Tensor target_sum, {_INPUTS})"
+    " -> Tensor",
+    kernels={("native", "cpu"): _backward_native_cpu},
+    fake=_backward_fake,
+)
+_forward = declare(
+    f"cross_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    kernels={("native", "cpu"): _forward_native_cpu},
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
+)

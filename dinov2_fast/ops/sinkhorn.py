@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
+from dinov2_fast.ops._declare import declare
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,10 +80,22 @@ def sinkhorn(
     check_positive("sinkhorn", temperature=temperature)
     if num_iterations < 1:
         raise ValueError(f"sinkhorn: num_iterations must be at least 1, got {num_iterations}")
-    choose_backend("sinkhorn", logits, backend)  # raises for what has no kernel
-    return sinkhorn_reference(
-        logits, temperature=temperature, num_iterations=num_iterations, group=group
-    )
+    refusals = {}
+    if logits.stride(1) != 1 and logits.numel() > 0:
+        why = f"logits must have adjacent columns (stride 1), got stride {logits.stride(1)}"
+        refusals = {"native": why}
+    chosen = choose_backend("sinkhorn", logits, backend, refusals=refusals)
+    if chosen == "reference":
+        return sinkhorn_reference(
+            logits, temperature=temperature, num_iterations=num_iterations, group=group
+        )
+    log_u = logits.new_zeros(logits.shape[1], dtype=torch.float32)
+    log_v = logits.new_zeros(logits.shape[0], dtype=torch.float32)
+    for _ in range(num_iterations):
+        largest, sums = _columns(logits, log_v, 1 / temperature, chosen)
+        log_u = -_log_sums_of_all(largest, sums, group)
+        log_v = -_rows(logits, log_u, 1 / temperature, chosen)
+    return log_u, log_v
 
 
 def _log_column_sums_(scores: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -96,3 +110,74 @@ def _log_column_sums_(scores: Tensor, group: ProcessGroup | None) -> Tensor:
     largest.masked_fill_(empty, 0.0)
     sums = all_reduce_sum(scores.sub_(largest).exp_().sum(dim=0), group)
     return sums.masked_fill_(empty, 1.0).log_().add_(largest)
+
+
+def _log_sums_of_all(largest: Tensor, sums: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`_log_column_sums_` out of each process's own largest scores [K] and sums relative to them.
+
+    The sums are brought to the largest score of all processes before they are added.
+    """
+    common = all_reduce_max(largest.clone(), group)
+    empty = common == -torch.inf
+    common.masked_fill_(empty, 0.0)
+    sums = all_reduce_sum(sums * (largest - common).exp(), group)
+    # A column of NaN alone has no largest score either, and must not pass for an empty one.
+    return sums.masked_fill_(empty & (sums == 0), 1.0).log_().add_(common)
+
+
+def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Largest of logits * scale + log_v in each column, and sum of exp relative to it."""
+    largest, sums = _columns_fake(logits, log_v, scale)
+    native.module().sinkhorn_columns_cpu(
+        logits=logits.data_ptr(),
+        log_v=log_v.data_ptr(),
+        largest=largest.data_ptr(),
+        sums=sums.data_ptr(),
+        rows=logits.shape[0],
+        columns=logits.shape[1],
+        row_stride=logits.stride(0),
+        scale=scale,
+        dtype=str(logits.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        level=environment.cpu_level(),
+    )
+    return largest, sums
+
+
+def _rows_native_cpu(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
+    """Logarithm of each row's sum of exp(logits * scale + log_u)."""
+    lse = _rows_fake(logits, log_u, scale)
+    native.module().sinkhorn_rows_cpu(
+        logits=logits.data_ptr(),
+        log_u=log_u.data_ptr(),
+        lse=lse.data_ptr(),
+        rows=logits.shape[0],
+        columns=logits.shape[1],
+        row_stride=logits.stride(0),
+        scale=scale,
+        dtype=str(logits.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        level=environment.cpu_level(),
+    )
+    return lse
+
+
+def _columns_fake(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    largest = log_v.new_empty(logits.shape[1])
+    return largest, torch.empty_like(largest)
+
+
+def _rows_fake(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
+    return log_u.new_empty(logits.shape[0])
+
+
+_columns = declare(
+    "sinkhorn_columns(Tensor logits, Tensor log_v, float scale, str backend) -> (Tensor, Tensor)",
+    kernels={("native", "cpu"): _columns_native_cpu},
+    fake=_columns_fake,
+)
+_rows = declare(
+    "sinkhorn_rows(Tensor logits, Tensor log_u, float scale, str backend) -> Tensor",
+    kernels={("native", "cpu"): _rows_native_cpu},
+    fake=_rows_fake,
+)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast.backends import choose_backend
 from dinov2_fast.config import CropConfig, LossConfig, ModelConfig
 from dinov2_fast.errors import ConfigError
-from dinov2_fast.losses.dino import dino_loss
-from dinov2_fast.losses.ibot import ibot_loss
+from dinov2_fast.losses.dino import dino_loss, dino_prototype_loss
+from dinov2_fast.losses.ibot import ibot_loss, ibot_prototype_loss
 from dinov2_fast.losses.koleo import koleo_loss
 from dinov2_fast.losses.targets import SoftTargets, build_centering
 from dinov2_fast.models.presets import ARCHITECTURES, create_model
@@ -47,22 +49,26 @@ class SubNetworks(nn.ModuleDict):
     backbone: VisionTransformer
 
     def scores(
-        self, cls: Tensor | None, patches: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, cls: Tensor | None, patches: Tensor | None, *, scored: bool = True
+    ) -> tuple[Any, Any]:
         """Prototype scores of image and patch features.
 
         Args:
             cls: [R, C] CLS features; None without an image-level term.
             patches: [M, C] features of masked patches; None without a patch-level term.
+            scored: False gives twice the vectors and prototypes of `DINOHead.forward` instead.
         Returns:
             [R, K] and [M, K]. A shared head sees all rows in one call.
         """
         if cls is not None and patches is not None and "ibot_head" not in self:
-            scores = self["dino_head"](torch.cat((cls, patches)))  # [R + M, K]
-            return scores[: len(cls)], scores[len(cls) :]
+            scores = self["dino_head"](torch.cat((cls, patches)), scored=scored)  # [R + M, K]
+            if scored:
+                return scores[: len(cls)], scores[len(cls) :]
+            vectors, weight = scores
+            return (vectors[: len(cls)], weight), (vectors[len(cls) :], weight)
         patch_head = "ibot_head" if "ibot_head" in self else "dino_head"
-        dino = None if cls is None else self["dino_head"](cls)
-        return dino, None if patches is None else self[patch_head](patches)
+        dino = None if cls is None else self["dino_head"](cls, scored=scored)
+        return dino, None if patches is None else self[patch_head](patches, scored=scored)
 
 
 class Student(SubNetworks):
@@ -110,42 +116,55 @@ class Student(SubNetworks):
             cls, patches = self.backbone.forward_selected(  # [2B + LB, C], [M, C]
                 crops, masks, _masked_indices(batch), generator
             )
-            dino_scores, ibot_scores = self.scores(
-                None if targets.dino is None else cls, None if targets.ibot is None else patches
+            dino, ibot = self.scores(
+                None if targets.dino is None else cls,
+                None if targets.ibot is None else patches,
+                scored=torch.compiler.is_compiling() or not _fuses_losses(cls),
             )
-        return self._losses(batch, targets, cls[:num_global], dino_scores, ibot_scores)
+        return self._losses(batch, targets, cls[:num_global], dino, ibot)
 
     def _losses(
         self,
         batch: Batch,
         targets: Targets,
         global_cls: Tensor,
-        dino_scores: Tensor | None,
-        ibot_scores: Tensor | None,
+        dino: Tensor | tuple[Tensor, Tensor] | None,
+        ibot: Tensor | tuple[Tensor, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """The terms and their weighted sum; a term of weight 0 is 0 and costs nothing."""
+        """The terms and their weighted sum; a term of weight 0 is 0 and costs nothing.
+
+        `dino` and `ibot` are scores, or the vectors and prototypes that make them.
+        """
         loss, num_global = self.loss, global_cls.shape[0]
         zero = global_cls.new_zeros((), dtype=torch.float32)
         parts: dict[str, Tensor] = {name: zero for name in LOSS_NAMES}
-        if targets.dino is not None and dino_scores is not None:
-            parts["dino_global"], parts["dino_local"] = dino_loss(
-                dino_scores[:num_global],
-                dino_scores[num_global:],
-                targets.dino,
-                student_temperature=loss.student_temperature,
-            )
-        if targets.ibot is not None and ibot_scores is not None:
-            parts["ibot"] = ibot_loss(
-                ibot_scores,
-                targets.ibot,
-                batch.mask_weights[: batch.num_masked],
-                num_crops=num_global,
-                student_temperature=loss.student_temperature,
+        dino_total, temperature = zero, loss.student_temperature
+        if targets.dino is not None and dino is not None:
+            if isinstance(dino, tuple):
+                dino_total, parts["dino_global"], parts["dino_local"] = dino_prototype_loss(
+                    *dino, targets.dino, num_global=num_global, student_temperature=temperature
+                )
+            else:
+                parts["dino_global"], parts["dino_local"] = dino_loss(
+                    dino[:num_global],
+                    dino[num_global:],
+                    targets.dino,
+                    student_temperature=temperature,
+                )
+                dino_total = parts["dino_global"] + parts["dino_local"]
+        if targets.ibot is not None and ibot is not None:
+            weights = batch.mask_weights[: batch.num_masked]
+            if isinstance(ibot, tuple):
+                ibot_part = functools.partial(ibot_prototype_loss, *ibot)
+            else:
+                ibot_part = functools.partial(ibot_loss, ibot)
+            parts["ibot"] = ibot_part(
+                targets.ibot, weights, num_crops=num_global, student_temperature=temperature
             )
         if loss.koleo_weight > 0:
             parts["koleo"] = koleo_loss(global_cls, crops=self.koleo_crops)
         total = (
-            loss.dino_weight * (parts["dino_global"] + parts["dino_local"])
+            loss.dino_weight * dino_total
             + loss.ibot_weight * parts["ibot"]
             + loss.koleo_weight * parts["koleo"]
         )
@@ -362,6 +381,14 @@ def _centered(
 def _masked_indices(batch: Batch) -> Tensor:
     """Flat positions [M] of the masked patches; padding goes through no block's end and no head."""
     return batch.mask_indices[: batch.num_masked]
+
+
+def _fuses_losses(features: Tensor) -> bool:
+    """Whether student scores are made inside the loss, in float32 and never whole.
+
+    Where the kernel computes cross-entropy; the reference keeps scores of the heads' precision.
+    """
+    return choose_backend("cross_entropy", features, None) == "native"
 
 
 @contextlib.contextmanager

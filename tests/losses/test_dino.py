@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dinov2_fast.losses.dino import dino_loss
+from dinov2_fast.losses.dino import dino_loss, dino_prototype_loss
 from dinov2_fast.losses.targets import SinkhornCentering, SoftTargets
 
 SHAPES = [
@@ -101,6 +101,30 @@ def test_matches_a_float64_loop_over_all_pairs(batch_size, num_local, num_protot
     assert num_pairs == 2 + 2 * num_local
     torch.testing.assert_close(found, tuple(truth))
     torch.testing.assert_close(gradients, truth_gradients)
+
+
+@pytest.mark.parametrize(("batch_size", "num_local", "num_prototypes"), SHAPES)
+def test_of_features_and_prototypes_equals_that_of_their_scores(
+    batch_size, num_local, num_prototypes
+):
+    teacher, _, _ = example(batch_size, num_local, num_prototypes)
+    targets, generator = targets_of(teacher), torch.Generator().manual_seed(1)
+    num_global = 2 * batch_size
+    features, weight = (
+        torch.randn(n, 4, generator=generator, dtype=torch.float64).requires_grad_()
+        for n in (num_global + num_local * batch_size, num_prototypes)
+    )
+    options = {"student_temperature": 0.1}
+    found = dino_prototype_loss(features, weight, targets, num_global=num_global, **options)
+    scores = features @ weight.T
+    parts = dino_loss(scores[:num_global], scores[num_global:], targets, **options)
+    torch.testing.assert_close(found, (sum(parts), *parts))
+    assert [part.requires_grad for part in found] == [True, False, False]
+    assert torch.equal(found[0].detach(), found[1] + found[2])
+    gradients = torch.autograd.grad(found[0], (features, weight))
+    torch.testing.assert_close(gradients, torch.autograd.grad(sum(parts), (features, weight)))
+    with pytest.raises(ValueError, match="dino: expected 2 teacher rows per image"):
+        dino_prototype_loss(features, weight, targets, num_global=num_global - 1, **options)
 
 
 def test_low_precision_scores_give_an_fp32_loss():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dinov2_fast.losses.ibot import ibot_loss
+from dinov2_fast.losses.ibot import ibot_loss, ibot_prototype_loss
 from dinov2_fast.losses.targets import SoftTargets
 
 
@@ -83,3 +83,22 @@ def test_rejects_rows_that_do_not_fit_together(target_rows, num_weights):
             num_crops=2,
             student_temperature=0.1,
         )
+
+
+@pytest.mark.parametrize("num_masked", [7, 0])
+def test_of_features_and_prototypes_equals_that_of_their_scores(num_masked):
+    generator = torch.Generator().manual_seed(2)
+    features, weight, teacher = (
+        torch.randn(n, m, generator=generator, dtype=torch.float64).requires_grad_()
+        for n, m in ((num_masked, 5), (11, 5), (num_masked, 11))
+    )
+    targets = targets_of(teacher.detach().softmax(dim=1))
+    mask_weights = torch.rand(num_masked, generator=generator).double()
+    options = {"num_crops": 4, "student_temperature": 0.1}
+    found = ibot_prototype_loss(features, weight, targets, mask_weights, **options)
+    expected = ibot_loss(features @ weight.T, targets, mask_weights, **options)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, (features, weight)) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match="ibot: expected"):
+        ibot_prototype_loss(features, weight, targets, torch.zeros(3), **options)

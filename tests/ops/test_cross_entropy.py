@@ -1,5 +1,3 @@
-"""No test_opcheck: the reference is all there is, and it registers nothing with torch.library."""
-
 from __future__ import annotations
 
 import math
@@ -7,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops import cross_entropy as cross_entropy_file
 from dinov2_fast.ops.cross_entropy import cross_entropy, cross_entropy_reference
@@ -15,6 +14,14 @@ from tests.inputs import COMPILERS, DTYPES, SCORE_SHAPES, leaves, randn
 from tests.tolerance import assert_within_error_budget
 
 TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+
+LEVELS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture
+def on_native() -> None:
+    if native.why_not():
+        pytest.skip(f"cross_entropy: native: {native.why_not()}")
 
 
 def make_inputs(
@@ -93,6 +100,77 @@ def test_gradients_match_reference(
     )
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("shape", [(7, 31), (1, 1)])
+def test_opcheck(shape: tuple[int, int], on_native: None):
+    inputs = list(make_inputs(*shape).values())
+    inputs[4] = inputs[4].unsqueeze(1)
+    ops, incoming = torch.ops.dinov2_fast, randn(2 * shape[0], seed=2)
+    (student,) = leaves(inputs[0])
+    torch.library.opcheck(ops.cross_entropy.default, (student, *inputs[1:], "native"))
+    _, normalizer, total = ops.cross_entropy(*inputs, "native")
+    arguments = (incoming, normalizer, total, *inputs, "native")
+    torch.library.opcheck(ops.cross_entropy_backward.default, arguments)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_is_within_budget_whatever_the_tail(
+    level: str,
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    on_native: None,
+):
+    if level not in native.cpu_levels():
+        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
+    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+    for prototypes in (*range(2, 36), 1023, 1025, 2049):  # tails of vectors and of blocks
+        inputs = make_inputs(32, prototypes, teacher_dtype)
+        wide = randn(64, prototypes + 5, dtype=dtype, seed=prototypes, scale=0.2)
+
+        def both(function, inputs: dict, wide: torch.Tensor, **options) -> list[torch.Tensor]:
+            student = wide[:, 3:-2].detach().requires_grad_()  # starts at no vector
+            out = function(**(inputs | {"student_logits": student}), **options)
+            return [out.detach(), *torch.autograd.grad(out.sum(), student)]
+
+        out = both(cross_entropy, inputs, wide, backend="native")
+        low = both(cross_entropy_reference, inputs, wide)
+        truth = both(cross_entropy_reference, widened(inputs), wide.double())
+        for name, a, b, c in zip(("loss", "gradient"), out, low, truth, strict=True):
+            label = f"cross_entropy.{name} of {prototypes}"
+            assert_within_error_budget(a, low_precision=b, truth=c, name=label)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native: None):
+    before, inputs = torch.get_num_threads(), make_inputs(67, 4099)
+
+    def both() -> list[torch.Tensor]:
+        (student,) = leaves(inputs["student_logits"])
+        out = cross_entropy(**(inputs | {"student_logits": student}), backend="native")
+        return [out.detach(), *torch.autograd.grad(out.sum(), student)]
+
+    expected = both()
+    try:
+        torch.set_num_threads(threads)
+        out = both()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def test_automatic_choice_takes_the_reference_for_what_the_kernel_refuses(on_native: None):
+    inputs = make_inputs(4, 7)
+    strided = {"student_logits": inputs["student_logits"].T.contiguous().T}
+    for changes in (strided, widened(inputs)):
+        changed = inputs | changes
+        torch.testing.assert_close(cross_entropy(**changed), cross_entropy_reference(**changed))
+        with pytest.raises(BackendUnavailable, match="backend 'native' cannot compute"):
+            cross_entropy(**changed, backend="native")
+
+
 def test_gradcheck():
     inputs = widened(make_inputs(3, 5))
     (student,) = leaves(inputs.pop("student_logits"))
@@ -129,7 +207,7 @@ def test_blocks_change_nothing(rows_per_block: int, monkeypatch: pytest.MonkeyPa
 
 def test_targets_need_not_sum_to_one(backend: str):
     # Softmax-centering without its normaliser, or several teachers added up, scale the targets.
-    inputs = widened(make_inputs(4, 7))
+    inputs = make_inputs(4, 7)
     expected = 3 * cross_entropy(**inputs, backend=backend)
     inputs["log_v"] = inputs["log_v"] + math.log(3)
     torch.testing.assert_close(cross_entropy(**inputs, backend=backend), expected)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from dinov2_fast.backends import availability
 from dinov2_fast.config import LossConfig
+from dinov2_fast.train import student_teacher
 from dinov2_fast.train.student_teacher import (
     LOSS_NAMES,
     StudentTeacher,
@@ -279,3 +282,38 @@ def test_losses_are_fp32_even_inside_a_callers_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, inside = targets_and_losses(pair, batch)
     assert all(torch.equal(plain[name], inside[name]) for name in LOSS_NAMES)
+
+
+@pytest.mark.parametrize("num_local", [3, 0])
+def test_scores_made_inside_the_loss_give_the_losses_and_gradients_of_stored_ones(loss, num_local):
+    reason = availability("cross_entropy", "cpu")["native"]
+    if reason:
+        pytest.skip(reason)
+    batch, found = synthetic_batch(num_local=num_local), []
+    for fused in (False, True):
+        pair = build_pair(loss)
+        targets = teacher_targets(pair, batch, temperature=0.05)
+        with mock.patch.object(student_teacher, "_fuses_losses", return_value=fused):
+            losses = student_losses(pair, batch, targets)
+        losses["total"].backward()
+        gradients = {name: p.grad for name, p in pair.student.named_parameters()}
+        found.append(({name: value.detach() for name, value in losses.items()}, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_code_keeps_the_composition():
+    pair, batch = build_pair(SHARED), synthetic_batch()
+    scored = []
+    scores = type(pair.student).scores
+
+    def spy(self, *arguments, scored: bool = True, seen=scored):
+        seen.append(scored)
+        return scores(self, *arguments, scored=scored)
+
+    targets = teacher_targets(pair, batch, temperature=0.05)
+    with (
+        mock.patch.object(type(pair.student), "scores", spy),
+        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+    ):
+        student_losses(pair, batch, targets)
+    assert scored == [True]

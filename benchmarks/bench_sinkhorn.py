@@ -1,0 +1,47 @@
+"""Sinkhorn-Knopp, three iterations, against its reference in eager mode and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import CPU_ROW, measure, skip_unless_available
+from dinov2_fast.ops.sinkhorn import sinkhorn, sinkhorn_reference
+
+# (teacher rows R, prototypes K): masked patches of a few images, and the prototypes of the
+# published recipes and of small runs.
+SHAPES = [(394, 65536), (394, 8192)]
+ITERATIONS = 3
+
+pytestmark = CPU_ROW
+
+
+@pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+def test_sinkhorn(benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype):
+    skip_unless_available("sinkhorn", backend.removeprefix("compiled "), "cpu")
+    logits = (0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    options = {"temperature": 0.05, "num_iterations": ITERATIONS, "group": None}
+    work: Callable[[], object]
+    if backend == "compiled reference":
+        compiled = torch.compile(sinkhorn_reference, fullgraph=True)
+        work = lambda: compiled(logits, **options)  # noqa: E731
+    else:
+        work = lambda: sinkhorn(logits, **options, backend=backend)  # noqa: E731
+    measure(
+        benchmark,
+        work,
+        op="sinkhorn",
+        backend=backend,
+        dtype=dtype,
+        shape=shape,
+        mode="forward",
+        device="cpu",
+        # every iteration reads the scores for the columns and again for the rows
+        num_bytes=2 * ITERATIONS * logits.numel() * logits.element_size(),
+    )
