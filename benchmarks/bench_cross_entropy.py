@@ -19,7 +19,7 @@ from dinov2_fast.ops.cross_entropy_prototypes import prototype_cross_entropy
 SHAPES = [(394, 65536), (394, 8192)]
 TEACHER_ROWS = 64
 BOTTLENECK = 256
-TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.05}
+TEMPERATURES: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.05}
 
 pytestmark = CPU_ROW
 
