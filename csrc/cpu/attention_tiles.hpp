@@ -36,8 +36,7 @@ template <int kVectors>
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j)
-      sums[i][j] = accumulate ? *reinterpret_cast<const Vector*>(c + i * c_row_stride + j * kLanes)
-                              : Vector{};
+      sums[i][j] = Vector{};
   const float* a_at = a.data;
   const float* b_at = b.data;
   for (int64_t k = 0; k < steps; ++k, a_at += a.k_stride, b_at += b.k_stride) {
@@ -56,8 +55,10 @@ template <int kVectors>
 #pragma GCC unroll 6
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j)
-      *reinterpret_cast<Vector*>(c + i * c_row_stride + j * kLanes) = sums[i][j];
+    for (int j = 0; j < kVectors; ++j) {
+      Vector* to = reinterpret_cast<Vector*>(c + i * c_row_stride + j * kLanes);
+      *to = accumulate ? *to + sums[i][j] : sums[i][j];
+    }
 }
 
 // rows: rounded up to whole tiles by the caller's buffers; columns: a multiple of kLanes.
@@ -70,9 +71,9 @@ template <int kVectors>
                    c + row * c_row_stride, c_row_stride, steps, accumulate);
 }
 
-[[gnu::always_inline]] inline void multiply(const Operand& a, const Operand& b, float* c,
-                                            int64_t c_row_stride, int64_t rows, int64_t columns,
-                                            int64_t steps, bool accumulate) {
+[[gnu::always_inline]] inline void all_tiles(const Operand& a, const Operand& b, float* c,
+                                             int64_t c_row_stride, int64_t rows, int64_t columns,
+                                             int64_t steps, bool accumulate) {
   constexpr int64_t kWide = 4 * kLanes;
   int64_t column = 0;
   for (; column + kWide <= columns; column += kWide)
@@ -92,6 +93,23 @@ template <int kVectors>
   default:
     break;
   }
+}
+
+// Terms that are added one after the other; sums of so many are added in turn. One chain of
+// thousands would lose digits that a product of matrices in a library keeps.
+constexpr int64_t kStepsInARow = 320;
+
+[[gnu::always_inline]] inline void multiply(const Operand& a, const Operand& b, float* c,
+                                            int64_t c_row_stride, int64_t rows, int64_t columns,
+                                            int64_t steps, bool accumulate) {
+  int64_t first = 0;
+  do {
+    const int64_t count = steps - first < kStepsInARow ? steps - first : kStepsInARow;
+    all_tiles({a.data + first * a.k_stride, a.row_stride, a.k_stride},
+              {b.data + first * b.k_stride, 0, b.k_stride}, c, c_row_stride, rows, columns, count,
+              accumulate || first > 0);
+    first += count;
+  } while (first < steps);
 }
 
 } // namespace dinov2_fast

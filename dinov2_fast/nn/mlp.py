@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from dinov2_fast.ops.gelu import gelu
 
 
 class Mlp(nn.Module):
@@ -30,4 +31,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., C] token by token."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        activation = gelu(hidden.view(-1, hidden.shape[-1]))  # [R, F]
+        return self.fc2(activation.view(hidden.shape))

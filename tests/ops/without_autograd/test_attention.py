@@ -1,0 +1,131 @@
+"""Attention outside autograd: fewer queries than keys, gradients into given views."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast import native
+from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
+from dinov2_fast.packing import Pack
+from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn
+from tests.tolerance import assert_within_error_budget
+
+SCALE = 0.25
+HEAD_DIMS = [64, 16, 72, 128, 3]  # the tuned one, the smallest, a vector and a half, two, odd
+
+
+def forward_backward(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, pack: Pack, q_pack: Pack | None, backend: str
+) -> tuple[Tensor, ...]:
+    """Output, lse and the three gradients, the latter written into views of one tensor."""
+    out, lse = attention_forward(q, k, v, pack, scale=SCALE, q_pack=q_pack, backend=backend)
+    d_kv = torch.full((k.shape[0], 2, *k.shape[1:]), torch.nan, dtype=k.dtype)
+    d_q = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    d_k, d_v = d_kv.unbind(1)
+    attention_backward(
+        d_out,
+        q,
+        k,
+        v,
+        lse,
+        pack,
+        scale=SCALE,
+        d_q=d_q,
+        d_k=d_k,
+        d_v=d_v,
+        q_pack=q_pack,
+        backend=backend,
+    )
+    return out, lse, d_q, d_k, d_v
+
+
+def by_autograd(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, pack: Pack) -> list[Tensor]:
+    """Output and gradients of the differentiable reference."""
+    inputs = leaves(q, k, v)
+    out = attention(*inputs, pack, scale=SCALE, backend="reference")
+    return [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_equals_the_differentiable_reference(backend, groups, dtype, head_dim):
+    pack = Pack.from_groups(groups)
+    q, k, v = make_qkv(pack, head_dim=head_dim, dtype=dtype)
+    d_out = randn(*q.shape, dtype=dtype, seed=1)
+
+    out, _, *gradients = forward_backward(q, k, v, d_out, pack, None, backend)
+    low = by_autograd(q, k, v, d_out, pack)
+    truth = by_autograd(q.double(), k.double(), v.double(), d_out.double(), pack)
+
+    names = ("out", "d_q", "d_k", "d_v")
+    for name, found, one, exact in zip(names, (out, *gradients), low, truth, strict=True):
+        assert_within_error_budget(found, low_precision=one, truth=exact, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_queries_give_the_rows_of_all(backend, dtype):
+    pack = Pack.from_groups([(2, 257), (3, 50), (1, 0), (2, 1)])
+    chosen = torch.cat([torch.arange(0, 300, 7), torch.arange(514, pack.num_tokens, 3)])
+    lengths = [
+        int(((chosen >= a) & (chosen < b)).sum())
+        for a, b in zip(pack.offsets_host, pack.offsets_host[1:], strict=False)
+    ]
+    q, k, v = make_qkv(pack, head_dim=64, dtype=dtype)
+    d_out = torch.zeros(q.shape, dtype=dtype)
+    d_out[chosen] = randn(len(chosen), *q.shape[1:], dtype=dtype, seed=1)
+
+    whole = forward_backward(q, k, v, d_out, pack, None, backend)
+    q_pack = Pack.from_lengths(lengths)
+    some = forward_backward(q[chosen], k, v, d_out[chosen], pack, q_pack, backend)
+
+    expected = (whole[0][chosen], whole[1][:, chosen], whole[2][chosen], *whole[3:])
+    for name, found, full in zip(("out", "lse", "d_q", "d_k", "d_v"), some, expected, strict=True):
+        tolerance = torch.finfo(dtype).eps * 4
+        distance = (found.float() - full.float()).norm() / full.float().norm()
+        assert distance.item() <= tolerance, f"{name}: {distance}"
+
+
+def test_long_sequences_in_blocks_of_queries(backend):
+    pack = Pack.from_groups([(1, 1370), (1, 2049)])
+    q, k, v = make_qkv(pack, num_heads=1, head_dim=16)
+    d_out = randn(*q.shape, seed=1)
+
+    out, _, *gradients = forward_backward(q, k, v, d_out, pack, None, backend)
+    low = by_autograd(q, k, v, d_out, pack)
+    truth = by_autograd(q.double(), k.double(), v.double(), d_out.double(), pack)
+
+    for found, one, exact in zip((out, *gradients), low, truth, strict=True):
+        assert_within_error_budget(found, low_precision=one, truth=exact, name="attention")
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_is_as_good(monkeypatch, level):
+    if level not in native.cpu_levels():
+        pytest.skip(f"attention: no {level} here")
+    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+    test_equals_the_differentiable_reference("native", ((2, 65), (3, 17)), torch.float32, 64)
+
+
+def test_threads_change_no_bit():
+    if native.why_not():
+        pytest.skip(native.why_not())
+    pack = Pack.from_groups([(3, 65), (5, 17)])
+    q, k, v = make_qkv(pack, num_heads=3, head_dim=64, dtype=torch.bfloat16)
+    d_out = randn(*q.shape, dtype=torch.bfloat16, seed=1)
+    one = forward_backward(q, k, v, d_out, pack, None, "native")
+    torch.set_num_threads(3)
+    try:
+        three = forward_backward(q, k, v, d_out, pack, None, "native")
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, one, three))
+
+
+def test_rejects_packs_that_do_not_belong_together():
+    pack = Pack.from_groups([(2, 3)])
+    q, k, v = make_qkv(pack)
+    with pytest.raises(ValueError, match="q_pack must have the 2 sequences of pack, got 1"):
+        attention_forward(q, k, v, pack, scale=1.0, q_pack=Pack.from_groups([(1, 6)]))
