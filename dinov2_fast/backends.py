@@ -32,7 +32,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "sinkhorn": _REFERENCE_ONLY,
     "cross_entropy": _REFERENCE_ONLY,
     "koleo": _REFERENCE_ONLY,
-    "optimizer": _REFERENCE_ONLY,
+    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference",)},
 }
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
@@ -41,6 +41,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("optimizer", "native", "cpu"): (torch.float32,),
 }
 
 _logger = logging.getLogger("dinov2_fast")

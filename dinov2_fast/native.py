@@ -74,7 +74,7 @@ def why_not_for(op: str, device_type: str) -> str:
         reason = _why_not_cuda()
         if reason:
             return reason
-    if not hasattr(loaded, f"{op}_forward_{device_type}"):
+    if not any(hasattr(loaded, f"{op}_{part}_{device_type}") for part in ("forward", "step")):
         return f"the extension has no {device_type} kernel for {op}"
     return ""
 
