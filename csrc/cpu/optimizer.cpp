@@ -87,17 +87,29 @@ struct SquaredNorm {
   double* sum; // of the squares of the chunk
 };
 
+[[gnu::always_inline]] inline double square(double x) { return x * x; }
+
 struct SquaredNormKernel {
   [[gnu::always_inline]] static inline void run(const SquaredNorm& s, int64_t tensor, int64_t begin,
                                                 int64_t end) {
     const float* __restrict x = reinterpret_cast<const float*>(s.tensors[tensor]);
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) {
-      const double value = x[i];
-      sum += value * value;
+    // Four sums that do not wait for one another.
+    const int64_t quarter = (end - begin) / 4;
+    const float* __restrict x0 = x + begin;
+    const float* __restrict x1 = x0 + quarter;
+    const float* __restrict x2 = x1 + quarter;
+    const float* __restrict x3 = x2 + quarter;
+    double sum0 = 0.0, sum1 = 0.0, sum2 = 0.0, sum3 = 0.0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t i = 0; i < quarter; ++i) {
+      sum0 += square(x0[i]);
+      sum1 += square(x1[i]);
+      sum2 += square(x2[i]);
+      sum3 += square(x3[i]);
     }
-    *s.sum = sum;
+    for (int64_t i = begin + 4 * quarter; i < end; ++i)
+      sum0 += square(x[i]);
+    *s.sum = (sum0 + sum1) + (sum2 + sum3);
   }
 };
 
