@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -200,6 +201,9 @@ double optimizer_norm(const Pointers& tensors, const std::vector<int64_t>& sizes
   double total = 0.0;
   for (double sum : sums)
     total += sum;
+  // As the reference, which sums in float32: the trainer skips a step whose squares overflow it.
+  if (total > std::numeric_limits<float>::max())
+    return std::numeric_limits<double>::infinity();
   return std::sqrt(total);
 }
 

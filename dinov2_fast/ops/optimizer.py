@@ -62,7 +62,8 @@ def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) ->
         backend: see `backends.choose_backend`.
     Returns:
         A 0-d float32 tensor (float64 for float64 gradients) on their device; NaN or inf if any
-        gradient is; 0 for no gradients. The native kernel sums squares in float64.
+        gradient is, or if the sum of squares overflows that type; 0 for no gradients. The native
+        kernel sums float32 squares in float64.
     Raises:
         TypeError: gradients not floating-point.
         BackendUnavailable: the explicit backend cannot compute this call.

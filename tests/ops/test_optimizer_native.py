@@ -62,7 +62,14 @@ def test_every_level_sums_squares_in_float64(level: str):
     flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
     norm = gradient_norm(gradients, backend="native")
     assert norm.item() == pytest.approx(flat.norm().item(), rel=1e-7)
-    assert gradient_norm([torch.full((7,), 1e30)], backend="native").isfinite()
+
+
+@pytest.mark.parametrize(("value", "finite"), [(1e18, True), (1e19, False), (1e30, False)])
+def test_norm_is_infinite_where_its_square_overflows_float32(value: float, finite: bool):
+    # Whether a step is skipped must not depend on the backend.
+    gradients = [torch.full((2, 3), value), torch.ones(2)]
+    for backend in ("native", "reference"):
+        assert bool(gradient_norm(gradients, backend=backend).isfinite()) == finite, backend
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
