@@ -33,7 +33,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "koleo": _REFERENCE_ONLY,
-    "optimizer": _REFERENCE_ONLY,
+    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference",)},
 }
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
@@ -46,6 +46,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("optimizer", "native", "cpu"): (torch.float32,),
 }
 
 _logger = logging.getLogger("dinov2_fast")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops import _optimizer_native
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive
 
 
@@ -61,7 +62,8 @@ def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) ->
         backend: see `backends.choose_backend`.
     Returns:
         A 0-d float32 tensor (float64 for float64 gradients) on their device; NaN or inf if any
-        gradient is; 0 for no gradients.
+        gradient is, or if the sum of squares overflows that type; 0 for no gradients. The native
+        kernel sums float32 squares in float64.
     Raises:
         TypeError: gradients not floating-point.
         BackendUnavailable: the explicit backend cannot compute this call.
@@ -73,7 +75,10 @@ def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) ->
             raise TypeError(
                 f"gradient_norm: gradients must be of a floating-point type, got {gradient.dtype}"
             )
-    choose_backend("optimizer", gradients[0], backend)  # raises for what has no kernel
+    refusals = {"native": _optimizer_native.refusal_cpu(gradients=gradients)}
+    chosen = choose_backend("optimizer", gradients[0], backend, refusals=refusals)
+    if chosen == "native":
+        return _optimizer_native.norm_cpu(gradients)
     dtype = accumulation_dtype(*gradients)
     norms = [_norm(gradient, dtype) for gradient in gradients]
     return _norm(torch.stack(norms), dtype)
@@ -151,11 +156,35 @@ def adamw_ema_step(
     _check_scalars(gradient_scale, skip)
     if not parameters:
         return
-    choose_backend("optimizer", parameters[0], backend)  # raises for what has no kernel
+    refusal = _optimizer_native.refusal_cpu(
+        parameters=parameters,
+        gradients=gradients,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        ema_parameters=ema_parameters,
+    ) or _scalar_refusal(gradient_scale, skip)
+    chosen = choose_backend("optimizer", parameters[0], backend, refusals={"native": refusal})
     if skip is not None and skip.device.type == "cpu":  # no device to wait for
         if bool(skip):
             return
         skip = None
+    if chosen == "native":
+        _optimizer_native.step_cpu(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            ema_parameters,
+            lr=lr,
+            weight_decay=weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            step=step,
+            momentum=momentum,
+            gradient_scale=gradient_scale,
+        )
+        return
     for index, parameter in enumerate(parameters):
         adamw_ema_reference(
             parameter,
@@ -228,6 +257,14 @@ def _check_numbers(
     if step < 1:
         raise ValueError(f"adamw_ema_step: step must be at least 1, got {step}")
     check_positive("adamw_ema_step", eps=eps)
+
+
+def _scalar_refusal(gradient_scale: Tensor | float, skip: Tensor | None) -> str:
+    """Why the CPU kernels cannot read these numbers, or ""."""
+    for name, value in {"gradient_scale": gradient_scale, "skip": skip}.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return f"{name} must be on cpu, got {value.device}"
+    return ""
 
 
 def _check_scalars(gradient_scale: Tensor | float, skip: Tensor | None) -> None:

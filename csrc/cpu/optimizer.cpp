@@ -1,0 +1,226 @@
+// The optimizer on the CPU, over whole lists of tensors: AdamW with the teacher's moving average in
+// one pass over memory, and the gradient norm. Tensors are cut into chunks of a fixed size, so that
+// threads share them evenly and no sum depends on how many threads there are.
+#include "cpu/rows.hpp"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace dinov2_fast {
+namespace {
+
+using Pointers = std::vector<uintptr_t>;
+
+constexpr int64_t kChunk = 16384; // elements; five arrays of them fit a core's L2 cache
+
+struct Chunk {
+  int64_t tensor;
+  int64_t begin, end; // elements of the tensor
+};
+
+// a + weight (b - a), from the nearer end: weight 0 gives a and weight 1 gives b, exactly.
+struct Lerp {
+  explicit Lerp(double weight)
+      : from_b(weight >= 0.5), factor(static_cast<float>(weight >= 0.5 ? weight - 1.0 : weight)) {}
+
+  [[gnu::always_inline]] inline float operator()(float a, float b) const {
+    return (from_b ? b : a) + factor * (b - a);
+  }
+
+  bool from_b;
+  float factor;
+};
+
+struct Step {
+  const uintptr_t *parameters, *gradients, *exp_avgs, *exp_avg_sqs;
+  const uintptr_t* ema_parameters; // null without a teacher
+  Lerp first_moment, ema;
+  float gradient_scale, beta2, one_minus_beta2;
+  float root_correction; // sqrt(1 - beta2^step)
+  float eps, decay, rate;
+};
+
+struct StepKernel {
+  template <bool with_ema>
+  [[gnu::always_inline]] static inline void chunk(const Step& s, int64_t tensor, int64_t begin,
+                                                  int64_t end) {
+    float* __restrict parameter = reinterpret_cast<float*>(s.parameters[tensor]);
+    const float* __restrict gradient = reinterpret_cast<const float*>(s.gradients[tensor]);
+    float* __restrict exp_avg = reinterpret_cast<float*>(s.exp_avgs[tensor]);
+    float* __restrict exp_avg_sq = reinterpret_cast<float*>(s.exp_avg_sqs[tensor]);
+    float* __restrict teacher =
+        with_ema ? reinterpret_cast<float*>(s.ema_parameters[tensor]) : nullptr;
+    const Step local = s; // stores to floats cannot change it: its members stay in registers
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      const float g = gradient[i] * local.gradient_scale;
+      const float m = local.first_moment(exp_avg[i], g);
+      const float v = exp_avg_sq[i] * local.beta2 + local.one_minus_beta2 * (g * g);
+      const float denominator = std::sqrt(v) / local.root_correction + local.eps;
+      const float p = parameter[i] * local.decay + local.rate * (m / denominator);
+      exp_avg[i] = m;
+      exp_avg_sq[i] = v;
+      parameter[i] = p;
+      if constexpr (with_ema)
+        teacher[i] = local.ema(teacher[i], p);
+    }
+  }
+
+  [[gnu::always_inline]] static inline void run(const Step& s, int64_t tensor, int64_t begin,
+                                                int64_t end) {
+    if (s.ema_parameters == nullptr)
+      chunk<false>(s, tensor, begin, end);
+    else
+      chunk<true>(s, tensor, begin, end);
+  }
+};
+
+struct SquaredNorm {
+  const uintptr_t* tensors;
+  double* sum; // of the squares of the chunk
+};
+
+[[gnu::always_inline]] inline double square(double x) { return x * x; }
+
+struct SquaredNormKernel {
+  [[gnu::always_inline]] static inline void run(const SquaredNorm& s, int64_t tensor, int64_t begin,
+                                                int64_t end) {
+    const float* __restrict x = reinterpret_cast<const float*>(s.tensors[tensor]);
+    // Four sums that do not wait for one another.
+    const int64_t quarter = (end - begin) / 4;
+    const float* __restrict x0 = x + begin;
+    const float* __restrict x1 = x0 + quarter;
+    const float* __restrict x2 = x1 + quarter;
+    const float* __restrict x3 = x2 + quarter;
+    double sum0 = 0.0, sum1 = 0.0, sum2 = 0.0, sum3 = 0.0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t i = 0; i < quarter; ++i) {
+      sum0 += square(x0[i]);
+      sum1 += square(x1[i]);
+      sum2 += square(x2[i]);
+      sum3 += square(x3[i]);
+    }
+    for (int64_t i = begin + 4 * quarter; i < end; ++i)
+      sum0 += square(x[i]);
+    *s.sum = (sum0 + sum1) + (sum2 + sum3);
+  }
+};
+
+std::vector<Chunk> chunks_of(const std::vector<int64_t>& sizes) {
+  std::vector<Chunk> chunks;
+  for (size_t tensor = 0; tensor < sizes.size(); ++tensor)
+    for (int64_t begin = 0; begin < sizes[tensor]; begin += kChunk)
+      chunks.push_back(
+          {static_cast<int64_t>(tensor), begin, std::min(begin + kChunk, sizes[tensor])});
+  return chunks;
+}
+
+// Calls body(number of the chunk, chunk) for all of them.
+template <typename Body>
+void parallel_chunks(const std::vector<Chunk>& chunks, int threads, const Body& body) {
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks)
+    elements += chunk.end - chunk.begin;
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  const int64_t width = count == 0 ? 0 : elements / count;
+  parallel_rows(count, width, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      body(i, chunks[static_cast<size_t>(i)]);
+  });
+}
+
+void require_sizes(const char* op, const std::vector<int64_t>& sizes, int threads) {
+  for (int64_t size : sizes)
+    require(size >= 0, op, "sizes must not be negative, got " + std::to_string(size));
+  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
+}
+
+void require_pointers(const char* op, const char* name, const Pointers& pointers,
+                      const std::vector<int64_t>& sizes) {
+  require(pointers.size() == sizes.size(), op,
+          std::string(name) + " must hold " + std::to_string(sizes.size()) + " pointers, got " +
+              std::to_string(pointers.size()));
+  for (size_t i = 0; i < sizes.size(); ++i)
+    require_vector(op, name, reinterpret_cast<const void*>(pointers[i]), sizes[i]);
+}
+
+void optimizer_step(const Pointers& parameters, const Pointers& gradients, const Pointers& exp_avgs,
+                    const Pointers& exp_avg_sqs, const Pointers& ema_parameters, bool with_ema,
+                    const std::vector<int64_t>& sizes, double lr, double weight_decay, double beta1,
+                    double beta2, double eps, int64_t step, double momentum, double gradient_scale,
+                    int threads, const std::string& level) {
+  constexpr const char* op = "optimizer_step_cpu";
+  require_sizes(op, sizes, threads);
+  require(step >= 1, op, "step must be at least 1, got " + std::to_string(step));
+  require_pointers(op, "parameters", parameters, sizes);
+  require_pointers(op, "gradients", gradients, sizes);
+  require_pointers(op, "exp_avgs", exp_avgs, sizes);
+  require_pointers(op, "exp_avg_sqs", exp_avg_sqs, sizes);
+  if (with_ema)
+    require_pointers(op, "ema_parameters", ema_parameters, sizes);
+  const double n = static_cast<double>(step);
+  const Step s{parameters.data(),
+               gradients.data(),
+               exp_avgs.data(),
+               exp_avg_sqs.data(),
+               with_ema ? ema_parameters.data() : nullptr,
+               Lerp(1.0 - beta1),
+               Lerp(1.0 - momentum),
+               static_cast<float>(gradient_scale),
+               static_cast<float>(beta2),
+               static_cast<float>(1.0 - beta2),
+               static_cast<float>(std::sqrt(1.0 - std::pow(beta2, n))),
+               static_cast<float>(eps),
+               static_cast<float>(1.0 - lr * weight_decay),
+               static_cast<float>(-lr / (1.0 - std::pow(beta1, n)))};
+  auto* run = at_level<StepKernel, Step>(choose_level(op, level));
+  parallel_chunks(chunks_of(sizes), threads, [&](int64_t, const Chunk& chunk) {
+    run(s, chunk.tensor, chunk.begin, chunk.end);
+  });
+}
+
+double optimizer_norm(const Pointers& tensors, const std::vector<int64_t>& sizes, int threads,
+                      const std::string& level) {
+  constexpr const char* op = "optimizer_norm_cpu";
+  require_sizes(op, sizes, threads);
+  require_pointers(op, "tensors", tensors, sizes);
+  auto* run = at_level<SquaredNormKernel, SquaredNorm>(choose_level(op, level));
+  const std::vector<Chunk> chunks = chunks_of(sizes);
+  std::vector<double> sums(chunks.size());
+  parallel_chunks(chunks, threads, [&](int64_t i, const Chunk& chunk) {
+    run({tensors.data(), &sums[static_cast<size_t>(i)]}, chunk.tensor, chunk.begin, chunk.end);
+  });
+  double total = 0.0;
+  for (double sum : sums)
+    total += sum;
+  // As the reference, which sums in float32: the trainer skips a step whose squares overflow it.
+  if (total > std::numeric_limits<float>::max())
+    return std::numeric_limits<double>::infinity();
+  return std::sqrt(total);
+}
+
+} // namespace
+} // namespace dinov2_fast
+
+void bind_optimizer_cpu(py::module_& m) {
+  using namespace dinov2_fast;
+  m.def("optimizer_step_cpu", &optimizer_step,
+        "AdamW and the teacher's moving average in place; lists of pointers to adjacent float32.",
+        py::arg("parameters"), py::arg("gradients"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("ema_parameters"), py::arg("with_ema"), py::arg("sizes"), py::arg("lr"),
+        py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("step"), py::arg("momentum"), py::arg("gradient_scale"), py::arg("threads"),
+        py::arg("level"), py::call_guard<py::gil_scoped_release>());
+  m.def("optimizer_norm_cpu", &optimizer_norm,
+        "Euclidean norm of all tensors as one vector; a list of pointers to adjacent float32.",
+        py::arg("tensors"), py::arg("sizes"), py::arg("threads"), py::arg("level"),
+        py::call_guard<py::gil_scoped_release>());
+}
