@@ -2,7 +2,7 @@
 
 Activations come in the storage type of the step (float32, bfloat16 or float16), weights in float32.
 On processors whose bfloat16 dot products are slower than float32 arithmetic, a product of bfloat16
-operands is computed in float32 and rounded once; docs/benchmarks.md has the measured table.
+operands is computed in float32 and rounded once: docs/numerics.md.
 """
 
 from __future__ import annotations
