@@ -44,7 +44,7 @@ def of_torch(
     parameters: list[Tensor], gradients: list[Tensor], teachers: list[Tensor]
 ) -> Callable[[], None]:
     """AdamW in one kernel, then the moving average in a second pass."""
-    leaves = [torch.nn.Parameter(parameter) for parameter in parameters]
+    leaves: list[Tensor] = [torch.nn.Parameter(parameter) for parameter in parameters]
     for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient
     optimizer = torch.optim.AdamW(leaves, lr=1e-3, weight_decay=0.04, fused=True)
@@ -52,7 +52,7 @@ def of_torch(
     def step() -> None:
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(teachers, leaves, 0.006)
+            torch._foreach_lerp_(teachers, leaves, 0.006)  # pyright: ignore[reportPrivateImportUsage]
 
     return step
 
@@ -86,7 +86,11 @@ def test_adamw_ema_step(benchmark: Any, backend: str, device: str):
     of_pytorch = backend == TORCH_FUSED
     skip_unless_available("optimizer", "reference" if of_pytorch else backend, device)
     lists = [tensors(device, seed) for seed in range(3)]
-    work = of_torch(*lists) if of_pytorch else of_ours(*lists, backend)
+    parameters, gradients, teachers = lists
+    if of_pytorch:
+        work = of_torch(parameters, gradients, teachers)
+    else:
+        work = of_ours(parameters, gradients, teachers, backend)
     count = sum(x.numel() for x in lists[0])
     measure(
         benchmark,
