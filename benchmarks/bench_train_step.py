@@ -88,7 +88,7 @@ def measure_here(options: argparse.Namespace) -> dict[str, float]:
     head = HeadConfig(num_prototypes=options.prototypes)
     pair = build_student_teacher(
         ModelConfig(arch=options.arch, drop_ratio=options.drop_ratio),
-        LossConfig(centering="softmax_center", dino_head=head, ibot_head=head),
+        LossConfig(centering="softmax_centering", dino_head=head, ibot_head=head),
         CropConfig(),
         recipe="official",
         seed=0,

@@ -142,7 +142,8 @@ def attention_forward(
     if choose_backend("attention", q, backend, refusals=refusals) == "native":
         return native_kernels.forward(q, k, v, queries.offsets, pack.offsets, scale)
     dtype = accumulation_dtype(q)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), []
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse: list[Tensor] = []
     for rows, keys in _sequences(queries, pack):
         scores = torch.einsum("nhd,mhd->hnm", q[rows] * scale, k[keys])  # [H, n, m]
         lse.append(scores.to(dtype).logsumexp(dim=-1))

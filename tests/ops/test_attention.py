@@ -1,4 +1,4 @@
-"""No test_opcheck: the reference is all there is, and it registers nothing with torch.library."""
+"""Packed attention: against its reference, torch's own, and sequence by sequence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dinov2_fast.backends import availability
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.attention import (
     attention,
@@ -233,6 +234,19 @@ def test_rejects_bad_input(changes: dict, error: type[Exception], message: str):
     for function in (attention, attention_with_lse):
         with pytest.raises(error, match=message):
             function(**(good | changes))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_opcheck():
+    if availability("attention", "cpu")["native"]:
+        pytest.skip(availability("attention", "cpu")["native"])
+    pack = Pack.from_lengths([3, 2])
+    for inputs in (make_qkv(pack), leaves(*make_qkv(pack))):
+        arguments = (*inputs, pack.offsets, 0.25, "native")
+        torch.library.opcheck(torch.ops.dinov2_fast.attention.default, arguments)
+    q, k, v = make_qkv(pack)
+    arguments = (q, q, k, v, randn(2, 5), pack.offsets, 0.25, "native")
+    torch.library.opcheck(torch.ops.dinov2_fast.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize(
