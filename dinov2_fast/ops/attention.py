@@ -143,12 +143,14 @@ def attention_forward(
         return native_kernels.forward(q, k, v, queries.offsets, pack.offsets, scale)
     dtype = accumulation_dtype(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse: list[Tensor] = []
-    for rows, keys in _sequences(queries, pack):
-        scores = torch.einsum("nhd,mhd->hnm", q[rows] * scale, k[keys])  # [H, n, m]
-        lse.append(scores.to(dtype).logsumexp(dim=-1))
-        out[rows] = torch.einsum("hnm,mhd->nhd", scores.softmax(dim=-1), v[keys])
-    return out, torch.cat(lse, dim=1) if lse else out.new_empty(q.shape[1], 0, dtype=dtype)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
+    for count, rows, keys in _runs(queries, pack):
+        scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
+        lse[:, rows] = scores.to(dtype).logsumexp(dim=-1).transpose(0, 1).flatten(1)
+        values = v[keys].unflatten(0, (count, -1))
+        weights = scores.softmax(dim=-1)
+        out[rows] = torch.einsum("shnm,smhd->snhd", weights, values).flatten(0, 1)
+    return out, lse
 
 
 @torch.no_grad()
@@ -192,15 +194,18 @@ def attention_backward(
         gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
         offsets = (queries.offsets, pack.offsets)
         return native_kernels.backward(d_out, q, k, v, lse, *offsets, scale, **gradients)
-    for rows, keys in _sequences(queries, pack):
-        scores = torch.einsum("nhd,mhd->hnm", q[rows] * scale, k[keys])  # [H, n, m]
-        weights = (scores - lse[:, rows].unsqueeze(-1)).exp().to(q.dtype)
-        d_weights = torch.einsum("nhd,mhd->hnm", d_out[rows], v[keys])
+    for count, rows, keys in _runs(queries, pack):
+        q_i, d_out_i = (x[rows].unflatten(0, (count, -1)) for x in (q, d_out))
+        k_i, v_i = (x[keys].unflatten(0, (count, -1)) for x in (k, v))
+        scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
+        lse_i = lse[:, rows].unflatten(1, (count, -1)).transpose(0, 1)  # [S_i, H, n]
+        weights = (scores - lse_i.unsqueeze(-1)).exp().to(q.dtype)
+        d_weights = torch.einsum("snhd,smhd->shnm", d_out_i, v_i)
         mean = (weights * d_weights).sum(dim=-1, keepdim=True)
         d_scores = weights * (d_weights - mean) * scale
-        d_v[keys] = torch.einsum("hnm,nhd->mhd", weights, d_out[rows])
-        d_q[rows] = torch.einsum("hnm,mhd->nhd", d_scores, k[keys])
-        d_k[keys] = torch.einsum("hnm,nhd->mhd", d_scores, q[rows])
+        d_v[keys] = torch.einsum("shnm,snhd->smhd", weights, d_out_i).flatten(0, 1)
+        d_q[rows] = torch.einsum("shnm,smhd->snhd", d_scores, k_i).flatten(0, 1)
+        d_k[keys] = torch.einsum("shnm,snhd->smhd", d_scores, q_i).flatten(0, 1)
 
 
 def attention_varlen(
@@ -305,10 +310,25 @@ def _query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) 
     return queries
 
 
-def _sequences(queries: Pack, pack: Pack) -> list[tuple[slice, slice]]:
-    """Rows of the queries and of the keys of each sequence."""
-    pairs = (itertools.pairwise(each.offsets_host) for each in (queries, pack))
-    return [(slice(*rows), slice(*keys)) for rows, keys in zip(*pairs, strict=True)]
+def _runs(queries: Pack, pack: Pack) -> list[tuple[int, slice, slice]]:
+    """Sequences that are computed at once: how many, the rows of their queries and of their keys.
+
+    Equal neighbours go together where queries and keys have one layout.
+    """
+    if queries is pack:
+        offsets = itertools.accumulate(pack.group_tokens, initial=0)
+        rows = [slice(*pair) for pair in itertools.pairwise(offsets)]
+        runs = [(count, each, each) for (count, _), each in zip(pack.groups, rows, strict=True)]
+    else:
+        pairs = (itertools.pairwise(each.offsets_host) for each in (queries, pack))
+        runs = [(1, slice(*rows), slice(*keys)) for rows, keys in zip(*pairs, strict=True)]
+    return [run for run in runs if run[1].stop > run[1].start or run[2].stop > run[2].start]
+
+
+def _run_scores(q: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
+    """Scaled scores [S_i, H, n, m] of equally long sequences."""
+    queries, keys = (x.unflatten(0, (count, -1)) for x in (q * scale, k))
+    return torch.einsum("snhd,smhd->shnm", queries, keys)
 
 
 def _forward_native_cpu(
