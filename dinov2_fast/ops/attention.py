@@ -147,7 +147,7 @@ def attention_forward(
     for count, rows, keys in _runs(queries, pack):
         scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
         lse[:, rows] = scores.to(dtype).logsumexp(dim=-1).transpose(0, 1).flatten(1)
-        values = v[keys].unflatten(0, (count, -1))
+        values = _each(v[keys], count)
         weights = scores.softmax(dim=-1)
         out[rows] = torch.einsum("shnm,smhd->snhd", weights, values).flatten(0, 1)
     return out, lse
@@ -195,10 +195,10 @@ def attention_backward(
         offsets = (queries.offsets, pack.offsets)
         return native_kernels.backward(d_out, q, k, v, lse, *offsets, scale, **gradients)
     for count, rows, keys in _runs(queries, pack):
-        q_i, d_out_i = (x[rows].unflatten(0, (count, -1)) for x in (q, d_out))
-        k_i, v_i = (x[keys].unflatten(0, (count, -1)) for x in (k, v))
+        q_i, d_out_i = _each(q[rows], count), _each(d_out[rows], count)
+        k_i, v_i = _each(k[keys], count), _each(v[keys], count)
         scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
-        lse_i = lse[:, rows].unflatten(1, (count, -1)).transpose(0, 1)  # [S_i, H, n]
+        lse_i = _each(lse[:, rows].t(), count).transpose(1, 2)  # [S_i, H, n]
         weights = (scores - lse_i.unsqueeze(-1)).exp().to(q.dtype)
         d_weights = torch.einsum("snhd,smhd->shnm", d_out_i, v_i)
         mean = (weights * d_weights).sum(dim=-1, keepdim=True)
@@ -327,8 +327,12 @@ def _runs(queries: Pack, pack: Pack) -> list[tuple[int, slice, slice]]:
 
 def _run_scores(q: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
     """Scaled scores [S_i, H, n, m] of equally long sequences."""
-    queries, keys = (x.unflatten(0, (count, -1)) for x in (q * scale, k))
-    return torch.einsum("snhd,smhd->shnm", queries, keys)
+    return torch.einsum("snhd,smhd->shnm", _each(q * scale, count), _each(k, count))
+
+
+def _each(x: Tensor, count: int) -> Tensor:
+    """Rows [count * n, ...] of equally long sequences as [count, n, ...]."""
+    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
 
 
 def _forward_native_cpu(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
-from dinov2_fast.ops._checks import accumulation_dtype, check_tensor
+from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
 
 # Rows whose bias gradient one thread sums before the sums of all blocks are added in order.
@@ -61,12 +61,13 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
         [F] float32 (float64 for float64 x), the column sums of x's gradient before it is rounded:
         the gradient of a bias that was added to x.
     Raises:
-        ValueError: the shapes or dtypes differ.
+        ValueError: the shapes, dtypes or devices differ.
         TypeError: not floats.
         BackendUnavailable: the explicit backend cannot compute this.
     """
     check_tensor("gelu_backward_", "x", x, "R", "F")
     check_tensor("gelu_backward_", "da", da, *x.shape)
+    check_device("gelu_backward_", x.device, da=da)
     if da.dtype != x.dtype:
         raise ValueError(f"gelu_backward_: da must have the dtype of x {x.dtype}, got {da.dtype}")
     if choose_backend("gelu", x, backend, refusals=_refusals(x=x, da=da)) == "reference":

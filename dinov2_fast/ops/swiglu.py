@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
-from dinov2_fast.ops._checks import accumulation_dtype, check_tensor
+from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
 
 # Rows whose bias gradient one thread sums before the sums of all blocks are added in order.
@@ -70,12 +70,13 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
         [2F] float32 (float64 for float64 x12), the column sums of x12's gradient before it is
         rounded: the gradient of a bias that was added to x12.
     Raises:
-        ValueError: the shapes or dtypes differ.
+        ValueError: the shapes, dtypes or devices differ.
         TypeError: not floats.
         BackendUnavailable: the explicit backend cannot compute this.
     """
     _check(x12)
     check_tensor("swiglu_backward_", "dh", dh, x12.shape[0], x12.shape[1] // 2)
+    check_device("swiglu_backward_", x12.device, dh=dh)
     if dh.dtype != x12.dtype:
         raise ValueError(
             f"swiglu_backward_: dh must have the dtype of x12 {x12.dtype}, got {dh.dtype}"
