@@ -165,7 +165,8 @@ def main() -> None:
         return
     arguments = [word for word in sys.argv[1:] if word != "--json"]
     found = {**compare(arguments, rounds=options.rounds), "arguments": arguments}
-    print(json.dumps({**found, **hardware("cpu")}, indent=None if options.json else 1))
+    facts = {**hardware("cpu"), "threads": options.threads}
+    print(json.dumps({**found, **facts}, indent=None if options.json else 1))
 
 
 if __name__ == "__main__":
