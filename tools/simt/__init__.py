@@ -1,0 +1,10 @@
+"""Execute compiled PTX on the CPU, with checks that no GPU makes. See docs/simt.md."""
+
+from __future__ import annotations
+
+from tools.simt.compile import compile_cu
+from tools.simt.faults import Checks, Fault
+from tools.simt.launch import Result, launch
+from tools.simt.memory import Device, Output
+
+__all__ = ["Checks", "Device", "Fault", "Output", "Result", "compile_cu", "launch"]
