@@ -137,6 +137,7 @@ class Batch:
         self.on_exit: list[Callable[[Mask], None]] = []
         self.on_done: list[Callable[[], None]] = []
         self.counters: dict[str, float] = {}
+        self.flops: dict[int, int] = {}  # PTX line -> matrix FLOPs of a warp's instruction
         self.carry = np.zeros(self.num_lanes, bool)
         self.special = self._special_registers()
         self.blocks = split_blocks(kernel)

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from tools.simt import access, bits, control, convert, floats, integers  # noqa: F401  (they register)
+from tools.simt import (  # noqa: F401  (they register their instructions)
+    access,
+    bits,
+    control,
+    convert,
+    copies,
+    floats,
+    integers,
+    matrix,
+)
 from tools.simt.core import Batch
 from tools.simt.faults import Checks
 from tools.simt.global_memory import GlobalMemory, GlobalRaces

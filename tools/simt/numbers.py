@@ -126,7 +126,7 @@ def unpack(pair: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray]:
         low, high = pair << np.uint32(16), pair & np.uint32(0xFFFF0000)
         return low.view(np.float32), high.view(np.float32)
     halves = np.ascontiguousarray(pair).view(np.float16)
-    return halves[0::2].astype(np.float32), halves[1::2].astype(np.float32)
+    return halves[..., 0::2].astype(np.float32), halves[..., 1::2].astype(np.float32)
 
 
 def flush(x: np.ndarray) -> np.ndarray:
