@@ -14,6 +14,7 @@ from tools.simt.numbers import UINT, dtype_of, from_bf16, to_bf16, unpack
 from tools.simt.program import TYPE_BYTES, Imm, Inst, Mem, Reg, Symbol, Vec
 from tools.simt.shared import vector_width
 
+STRONG = {"volatile", "relaxed", "acquire", "release"}
 SPACES = ("global", "shared", "local", "param", "const")
 
 
@@ -128,11 +129,16 @@ def _load(inst: Inst, batch: Batch) -> Run:
     if name == "param" and isinstance(source.base, Symbol):
         return _load_param(inst, batch, dests, own, count)
     space, address = space_of(batch, name), address_of(batch, source)
+    strong = name == "global" and not STRONG.isdisjoint(inst.mods)
 
     def run(m: Mask) -> None:
         batch.inst = inst
         lanes = batch.index(m)
-        rows = space.read(lanes, address(lanes), size, count).view(own)
+        if strong:
+            rows = batch.global_memory.read_strongly(lanes, address(lanes), size, count, inst.mods)
+        else:
+            rows = space.read(lanes, address(lanes), size, count)
+        rows = rows.view(own)
         where = slice(None) if m is True else lanes
         for number, d in enumerate(dests):
             d[where] = rows[:, number]
@@ -158,6 +164,7 @@ def _store(inst: Inst, batch: Batch) -> Run:
     size, count = TYPE_BYTES[inst.type], vector_width(source)
     space, address = space_of(batch, space_name(inst)), address_of(batch, to)
     items = source.items if isinstance(source, Vec) else (source,)
+    strong = space_name(inst) == "global" and not STRONG.isdisjoint(inst.mods)
     bits = f"b{8 * size}"
     kind = inst.type if isinstance(items[0], Imm) else bits
     values = [np.asarray(batch.source(item, kind)).view(dtype_of(bits)) for item in items]
@@ -168,7 +175,10 @@ def _store(inst: Inst, batch: Batch) -> Run:
         rows = np.empty((len(lanes), count), UINT[size])
         for number, value in enumerate(values):
             rows[:, number] = value[lanes] if value.ndim else value
-        space.write(lanes, address(lanes), rows)
+        if strong:
+            batch.global_memory.write_strongly(lanes, address(lanes), rows, inst.mods)
+        else:
+            space.write(lanes, address(lanes), rows)
 
     return run
 
@@ -276,8 +286,7 @@ def _atomic(inst: Inst, batch: Batch) -> Run:
                     UINT[size]
                 )
             if meets and batch.global_memory.races and len(chosen) <= 64:
-                for lane, where in zip(chosen, at, strict=True):
-                    batch.global_memory.races.meet(int(batch.cta_number[lane]), int(where))
+                batch.global_memory.meet(chosen, at, inst.mods)
 
     return run
 

@@ -74,9 +74,34 @@ def _trap(inst: Inst, batch: Batch) -> Run:
     return run
 
 
-@binds("setmaxnreg", "griddepcontrol", "membar", "nanosleep", "pmevent", "prefetch", "prefetchu")
+@binds("setmaxnreg", "griddepcontrol", "nanosleep", "pmevent", "prefetch", "prefetchu")
 def _nothing(inst: Inst, batch: Batch) -> Run:
     return lambda m: None
+
+
+@binds("membar", "fence")
+def _fence(inst: Inst, batch: Batch) -> Run:
+    if "proxy" in inst.mods:
+        return _proxy_fence(inst, batch)
+    wide = not {"cta", "mbarrier_init"} & set(inst.mods)
+
+    def run(m: Mask) -> None:
+        races = batch.global_memory.races
+        if races and wide:
+            for lane in batch.index(m):
+                races.fence(int(batch.cta_number[lane]), int(batch.thread[lane]))
+
+    return run
+
+
+def _proxy_fence(inst: Inst, batch: Batch) -> Run:
+    def run(m: Mask) -> None:
+        shadow = batch.shared.shadow
+        if shadow and any(mod.startswith("async") for mod in inst.mods):
+            warps = np.unique(batch.index(m) // 32)
+            shadow.fence_proxy(warps // batch.num_warps, warps % batch.num_warps)
+
+    return run
 
 
 # Barriers.

@@ -36,15 +36,31 @@ class GlobalRaces:
         self.knows: dict[int, dict[int, int]] = {}
         self.released: dict[int, dict[int, int]] = {}
 
-    def meet(self, cta: int, address: int) -> None:
-        """A CTA acquires what others released at an address, and releases what it knows."""
+        self.fenced: dict[tuple[int, int], dict[int, int]] = {}
+        self.seen: dict[tuple[int, int], dict[int, int]] = {}
+
+    def fence(self, cta: int, thread: int) -> None:
+        """A thread's later atomics release what came before, its earlier ones have acquired."""
         knows = self.knows.setdefault(cta, {})
-        there = self.released.setdefault(address, {})
-        for other, turn in there.items():
-            knows[other] = max(knows.get(other, 0), turn)
+        join(knows, self.seen.pop((cta, thread), {}))
         self.turn[cta] = self.turn.get(cta, 0) + 1
-        there.update(knows)
-        there[cta] = self.turn[cta]
+        self.fenced[cta, thread] = {**knows, cta: self.turn[cta]}
+
+    def meet(self, cta: int, thread: int, address: int, acquires: bool, releases: bool) -> None:
+        """A thread reads an address where others may have released, and writes it."""
+        there = self.released.setdefault(address, {})
+        if acquires:
+            join(self.knows.setdefault(cta, {}), there)
+        join(self.seen.setdefault((cta, thread), {}), there)
+        if releases:
+            self.fence(cta, thread)
+        join(there, self.fenced.get((cta, thread), {}))
+
+
+def join(clock: dict[int, int], other: dict[int, int]) -> None:
+    """The later of two turns of every CTA."""
+    for cta, turn in other.items():
+        clock[cta] = max(clock.get(cta, 0), turn)
 
 
 class GlobalMemory:
@@ -95,6 +111,37 @@ class GlobalMemory:
         at = offsets // (width * count)
         self.device.view(width, count)[at] = values if count > 1 else values[:, 0]
         self.mark_written(offsets, width * count)
+
+    def meet(self, lanes: np.ndarray, addresses: np.ndarray, mods: tuple[str, ...]) -> None:
+        """Lanes synchronise, or try to, with whoever uses the same addresses atomically."""
+        acquires = "acquire" in mods or "acq_rel" in mods
+        releases = "release" in mods or "acq_rel" in mods
+        for lane, address in zip(lanes, addresses, strict=True):
+            cta, thread = int(self.batch.cta_number[lane]), int(self.batch.thread[lane])
+            self.races.meet(cta, thread, int(address), acquires, releases)
+
+    def read_strongly(
+        self, lanes: np.ndarray, addresses: np.ndarray, width: int, count: int, mods: Any
+    ) -> np.ndarray:
+        """A volatile, relaxed or acquiring load: no race with other strong accesses."""
+        races, self.races = self.races, None
+        rows = self.read(lanes, addresses, width, count)
+        self.races = races
+        if races:
+            self.meet(lanes, addresses, mods)
+        return rows
+
+    def write_strongly(
+        self, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray, mods: Any
+    ) -> None:
+        """A volatile, relaxed or releasing store."""
+        races, self.races = self.races, None
+        self.write(lanes, addresses, values)
+        self.races = races
+        if races:
+            num_bytes = values.dtype.itemsize * values.shape[1]
+            self.check_write(lanes, self.locate(lanes, addresses, num_bytes), num_bytes, None)
+            self.meet(lanes, addresses, mods)
 
     def mark_written(self, offsets: np.ndarray, num_bytes: int) -> None:
         """Note that bytes hold something now."""
@@ -183,7 +230,7 @@ class GlobalMemory:
         races.write_cta[at] = batch.cta_number[lanes][:, None]
         races.write_epoch[at] = batch.own_epoch(lanes)[:, None] + 1
         races.write_who[at] = (mine & ~63 | ATOMIC) if atomic else mine
-        if races.released:
+        if races.turn:
             turns = [races.turn.get(int(c), 0) + 1 for c in batch.cta_number[lanes]]
             races.write_turn[at] = np.array(turns, np.int32)[:, None]
         elif not atomic:
