@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tools.simt.bulk import TensorMap
 from tools.simt.compile import compile_cu
 from tools.simt.faults import Checks, Fault
 from tools.simt.launch import Result, launch
 from tools.simt.memory import Device, Output
 
-__all__ = ["Checks", "Device", "Fault", "Output", "Result", "compile_cu", "launch"]
+__all__ = ["Checks", "Device", "Fault", "Output", "Result", "TensorMap", "compile_cu", "launch"]

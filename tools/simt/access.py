@@ -94,7 +94,8 @@ def space_of(batch: Batch, name: str | None) -> Any:
 
 def space_name(inst: Inst) -> str | None:
     """The state space an instruction names, or None."""
-    return next((mod for mod in inst.mods if mod.split("::")[0] in SPACES), None)
+    names = (mod.split("::")[0] for mod in inst.mods)
+    return next((name for name in names if name in SPACES), None)
 
 
 def address_of(batch: Batch, operand: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -339,3 +340,9 @@ def place_atomics(batch: Batch, space: Any, lanes: np.ndarray, addresses: np.nda
         (in_shared if memory is batch.shared else in_global, found, at)
         for memory, found, at in parts
     ]
+
+
+@binds("mapa")
+def _map_address(inst: Inst, batch: Batch) -> Run:
+    d, a = batch.dest(inst.operands[0], inst.type), batch.source(inst.operands[1], inst.type)
+    return lambda m: np.copyto(d, a, where=m)  # a cluster of one CTA

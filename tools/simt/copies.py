@@ -7,6 +7,7 @@ Source: PTX ISA manual, section 9.7.9.25.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,7 +174,10 @@ def _arrive_when_done(inst: Inst, batch: Batch, copies: AsyncCopies) -> Run:
     def run(m: Mask) -> None:
         batch.inst = inst
         lanes, serial = batch.index(m), copies.serial
-        for lane, at in zip(lanes, address(lanes), strict=True):
-            barriers.arrive_later(int(lane), int(at), counted, copies, serial)
+        places = barriers.flat(lanes, address(lanes))
+        for flat in np.unique(places):
+            mine = lanes[places == flat]
+            deliver = functools.partial(copies.deliver_issued, mine, serial)
+            barriers.arrive_later(mine, int(flat), counted, deliver)
 
     return run

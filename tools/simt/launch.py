@@ -12,12 +12,15 @@ import numpy as np
 from tools.simt import (  # noqa: F401  (they register their instructions)
     access,
     bits,
+    bulk,
     control,
     convert,
     copies,
     floats,
     integers,
     matrix,
+    mbarrier,
+    wgmma,
 )
 from tools.simt.core import Batch
 from tools.simt.faults import Checks

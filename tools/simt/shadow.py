@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -204,7 +204,7 @@ class Shadow:
         self.write_epoch[at] = epoch
         self.write_who[at] = actor << 6 | MANY
 
-    def async_read(self, lanes: np.ndarray, at: np.ndarray, actor: int, epoch: int) -> None:
+    def async_read(self, lanes: np.ndarray, at: np.ndarray, actor: Any, epoch: Any) -> None:
         """An asynchronous reader issued by lanes will read granules [n, k] until it is waited for.
 
         The writes must be ordered before the lanes, their own included, and made visible to the
@@ -218,7 +218,7 @@ class Shadow:
                 self.report("proxy", text + "fence.proxy.async between", dirty, lanes, at)
         if self.race:
             self.check_writes(lanes, at, "reads asynchronously")
-            self.reads[actor, at] = epoch << 6 | MANY
+            self.reads[actor, at] = np.asarray(epoch) << 6 | MANY
 
     def fence_proxy(self, ctas: np.ndarray, warps: np.ndarray) -> None:
         """Make the generic writes that warps know of visible to the asynchronous proxy."""
