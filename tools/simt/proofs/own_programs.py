@@ -72,7 +72,11 @@ def hopper_gemm(ptx: str, **options: Any) -> tuple[float, Result]:
     m, n, k = 256, 56, 320
     a, b = brain(rng, m, k), brain(rng, k, n)
     c = np.empty((m, n), np.uint16)
-    maps = [TensorMap(a, (64, 64), 128), TensorMap(b, (64, 64), 128), TensorMap(Output(c), (64, 64))]
+    maps = [
+        TensorMap(a, (64, 64), 128),
+        TensorMap(b, (64, 64), 128),
+        TensorMap(Output(c), (64, 64)),
+    ]
     shared_bytes = 3 * (128 + 64) * 64 * 2 + 128 * 64 * 2
     result = launch(ptx, "hopper_gemm_kernel", (2, 1), 384, [*maps, k], shared_bytes, **options)
     expected = from_bf16(a).astype(float) @ from_bf16(b).astype(float)

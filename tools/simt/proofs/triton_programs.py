@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tools.simt.bulk import TensorMap
 from tools.simt.launch import Result, launch
 from tools.simt.memory import Output
 from tools.simt.numbers import from_bf16, to_bf16
@@ -62,7 +63,7 @@ def compiled(
         for arg in free
         if types[arg].startswith("*")
     }
-    source = ASTSource(function, types, {(n,): fixed[n] for n in ()} | fixed, attrs)
+    source = ASTSource(function, types, fixed, attrs)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options or None)
     meta = made.metadata
     return Compiled(meta.name, made.asm["ptx"], 32 * meta.num_warps, meta.shared)
@@ -207,6 +208,23 @@ def philox(arch: int, **options: Any) -> tuple[float, Result]:
     return (0.0 if right else np.inf), result
 
 
+def tma_matmul(arch: int, **options: Any) -> tuple[float, Result]:
+    """Tiles by TMA both ways; every edge is ragged."""
+    rng = np.random.default_rng(0)
+    m, n, k = 120, 56, 200
+    a, b = brain(rng, m, k), brain(rng, k, n)
+    c = np.empty((m, n), np.uint16)
+    blocks = (("BLOCK_M", 64), ("BLOCK_N", 64), ("BLOCK_K", 64))
+    signature = " ".join(["tensordesc<bf16[64,64]>"] * 3 + ["i32"])
+    kernel = compiled("tma_matmul", arch, signature, blocks, num_warps=4, num_stages=3)
+    args: list[Any] = []
+    for array in (a, b, Output(c)):  # a map, then the shape and the strides
+        args += [TensorMap(array, (64, 64), 128), 0, 0, 0, 0]
+    result = kernel.run((2, 1), [*args, k], **options)
+    expected = from_bf16(a).astype(float) @ from_bf16(b).astype(float)
+    return relative_error(from_bf16(c), expected), result
+
+
 Program = Callable[..., tuple[float, Result]]
 # Name -> program and the largest relative error allowed: rounding to bf16, of tf32, of float32.
 PROGRAMS: dict[str, tuple[Program, float]] = {
@@ -222,4 +240,9 @@ PROGRAMS: dict[str, tuple[Program, float]] = {
     "argmax": (argmax, 0.0),
     "atomics": (atomics, 0.0),
     "philox": (philox, 0.0),
+}
+# Programs that need sm_90.
+HOPPER_PROGRAMS: dict[str, tuple[Program, float]] = {
+    **PROGRAMS,
+    "matmul by TMA": (tma_matmul, 4e-3),
 }
