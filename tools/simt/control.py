@@ -332,7 +332,7 @@ def _shuffle(inst: Inst, batch: Batch) -> Run:
 
 @binds("vote", "activemask", "match", "redux", "elect")
 def _vote(inst: Inst, batch: Batch) -> Run:
-    kind = inst.op if inst.op in ("activemask", "elect") else inst.mods[1]
+    kind = next((mod for mod in inst.mods if mod not in ("sync", inst.type)), inst.op)
     to = inst.operands[0]
     first, second = (to.first, to.second) if isinstance(to, Pair) else (to, None)
     size = "pred" if inst.op == "vote" and kind != "ballot" else "b32"

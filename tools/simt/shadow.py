@@ -28,7 +28,7 @@ class Shadow:
         checks = batch.checks
         self.race = checks.race
         self.wrong = (FLIGHT if checks.in_flight else 0) | (MBARRIER if checks.mbarrier else 0)
-        self.wanted = WRITTEN if checks.uninitialised == "fault" else 0
+        self.faults = checks.uninitialised == "fault"
         self.steps: dict[int, np.ndarray] = {}
 
     def reset(self) -> None:
@@ -66,9 +66,13 @@ class Shadow:
 
     def check_flags(self, lanes: np.ndarray, at: np.ndarray, reading: bool) -> None:
         """Refuse bytes in flight, mbarriers and, for reads, what was never written."""
-        wanted = self.wanted if reading else 0
+        wanted = WRITTEN if reading else 0
         found = self.flags[at] & np.uint8(self.wrong | wanted)
         if not (found != wanted).any():
+            return
+        if reading and not self.faults and not (found & ~np.uint8(WRITTEN)).any():
+            missing = (found != WRITTEN).any(axis=1)
+            self.batch.count("uninitialised shared reads", int(missing.sum()))
             return
         verb = "read" if reading else "write"
         flying = found & FLIGHT != 0
