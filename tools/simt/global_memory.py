@@ -69,6 +69,7 @@ class GlobalMemory:
     def __init__(self, batch: Batch, races: GlobalRaces | None) -> None:
         self.batch, self.device, self.races = batch, batch.device, races
         self.fresh = batch.checks.uninitialised == "fault"
+        self.touched: dict[str, np.ndarray] = {}
 
     def locate(self, lanes: np.ndarray, addresses: np.ndarray, num_bytes: int) -> np.ndarray:
         """Byte offsets into the arena, checked."""
@@ -243,6 +244,17 @@ class GlobalMemory:
         warps = lanes // 32
         first, last = offsets // SECTOR, (offsets + num_bytes - 1) // SECTOR
         keys = np.concatenate([warps * (1 << 40) + first, warps * (1 << 40) + last])
+        direction = "load" if kind == "load" else "store"
+        touched = self.touched.setdefault(
+            direction, np.zeros(len(self.device.bytes) // SECTOR + 1, bool)
+        )
+        touched[first] = True
+        touched[last] = True
         self.batch.count(f"global requests, {kind}", len(np.unique(warps)))
         self.batch.count(f"global sectors, {kind}", len(np.unique(keys)))
         self.batch.count(f"global bytes, {kind}", len(lanes) * num_bytes)
+
+    def count_touched(self) -> None:
+        """Count the bytes of every sector that a launch has touched at all."""
+        for direction, touched in self.touched.items():
+            self.batch.count(f"touched bytes, {direction}", int(touched.sum()) * SECTOR)

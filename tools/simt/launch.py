@@ -40,6 +40,8 @@ class Result:
     kernel: Kernel
     instructions: list[tuple[Inst, int]]  # each with the number of warps that executed it
     counters: dict[str, float] = field(default_factory=dict)
+    flops: dict[int, int] = field(default_factory=dict)  # PTX line -> matrix FLOPs of a warp
+    num_ctas: int = 1
 
     @property
     def num_warp_instructions(self) -> int:
@@ -110,7 +112,8 @@ def launch(
         batch.run(rng)
     device.write_back()
     executed = [(inst, block.count) for block in batch.blocks for inst in block.insts]
-    return Result(entry, executed, batch.counters)
+    batch.global_memory.count_touched()
+    return Result(entry, executed, batch.counters, batch.flops, num_ctas)
 
 
 def wire(batch: Batch) -> None:
