@@ -105,6 +105,7 @@ def _mma(inst: Inst, batch: Batch) -> Run:
     d, a, b, c = (
         [batch.source(item, "b32") for item in items_of(operand)] for operand in inst.operands
     )
+    c = [np.broadcast_to(register, batch.num_lanes) for register in c]  # literals too
     batch.flops[inst.line] = 2 * 16 * 8 * int(shape.rsplit("k", 1)[1])
 
     def run(m: Mask) -> None:
@@ -112,7 +113,7 @@ def _mma(inst: Inst, batch: Batch) -> Run:
         warps = Warps(batch, m)
         left = rows_of_a([warps.take(r) for r in a], a_kind)
         right = columns_of_b([warps.take(r) for r in b], b_kind)
-        added = tile_of_c([warps.take(np.broadcast_to(r, batch.num_lanes)) for r in c], c_kind)
+        added = tile_of_c([warps.take(r) for r in c], c_kind)
         result = np.matmul(left, right)
         result += added
         for register, values in zip(d, registers_of_c(result, d_kind), strict=True):
