@@ -108,8 +108,8 @@ def main() -> None:
     for name in names:
         outcomes[name] = CHECKS[name](arguments.full)
         if not arguments.json:
-            counts = {key: value for key, value in outcomes[name].items() if value or key != "wrong"}
-            print(f"{name}: {counts}", flush=True)
+            said = {key: found for key, found in outcomes[name].items() if found or key != "wrong"}
+            print(f"{name}: {said}", flush=True)
     if arguments.json:
         print(json.dumps(outcomes, indent=1))
     sys.exit(any(outcome["wrong"] for outcome in outcomes.values()))
