@@ -97,7 +97,7 @@ def test_table_jumps_and_own_arrays(ptx: str, schedule: str | int):
     assert np.array_equal(out, 10 + 10 * (t % 4) + x[x & 7] + t)
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", 1, 2])
+@pytest.mark.parametrize("schedule", ["lockstep", 1, 2, 3, 4])
 def test_an_mbarrier_that_moves_on_lets_nobody_past_a_barrier(ptx: str, schedule: str | int):
     x = np.arange(64, dtype=np.int32)
     out = np.zeros(64, np.int32)

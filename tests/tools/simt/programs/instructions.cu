@@ -140,18 +140,20 @@ extern "C" __global__ void staggered_kernel(const int* x, int* out) {
   if (threadIdx.x == 0)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at));
   __syncthreads();
-  if (threadIdx.x == 32)
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-  asm volatile("{\n.reg .pred done;\nAGAIN:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-               "@!done bra AGAIN;\n}" ::"r"(at)
-               : "memory");
-  if (threadIdx.x >= 32) {
+  if (threadIdx.x < 32) {
+    asm volatile("{\n.reg .pred done;\nAGAIN:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+                 "@!done bra AGAIN;\n}" ::"r"(at)
+                 : "memory");
+  } else {
     int sum = 0;
-    for (int i = 0; i < x[threadIdx.x]; ++i)
-      sum += x[i];
-    if (threadIdx.x == 32)
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+    for (int turn = 0; turn < 2; ++turn) {
+#pragma unroll 1
+      for (int i = turn; i < x[threadIdx.x]; i += 2)
+        sum += x[i];
+      if (threadIdx.x == 32)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+    }
     slot[threadIdx.x - 32] = sum;
   }
   __syncthreads();
