@@ -89,7 +89,7 @@ MUTANTS = [
         "np.copyto(batch.pc, block.next if after is None else after, where=chosen)",
         "np.copyto(batch.pc, block.next if after is None else after)",
     ),
-    M("scheduling", "schedule.py", "batch.live &= ~m", "pass"),
+    M("scheduling", "mbarrier.py", "self.batch.parked[waiting] = False", "pass"),
     M("scheduling", "control.py", "batch.parked[lanes] = False", "pass"),
     M(
         "scheduling",
