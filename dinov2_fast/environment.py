@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dinov2_fast.errors import ConfigError
@@ -99,6 +99,11 @@ def cpu_level() -> str:
 def plain_blocks() -> bool:
     """Whether transformer blocks must run module by module under autograd."""
     return value(BLOCK) == "plain"
+
+
+def extended(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with some variables more, for a child process."""
+    return {**os.environ, **extra}
 
 
 def unknown_variables() -> list[str]:
