@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._native_rows import BLOCK_ROWS, dtype_name, new_partials, run_cpu
+from dinov2_fast.ops._native_cpu import BLOCK_ROWS, dtype_name, new_partials, run_cpu
 
 
 def forward_cpu(

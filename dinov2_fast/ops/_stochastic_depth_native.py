@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_rows import (
+from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
     adjacent_columns,
     dtype_name,

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast import native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
@@ -24,6 +23,7 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
+from dinov2_fast.ops._native_cpu import run_cpu
 from dinov2_fast.ops.cross_entropy import (
     cross_entropy_reference,
     kernel_arguments,
@@ -115,10 +115,10 @@ def prototype_cross_entropy(
         chunk_rows = max(_CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
-    refusals = why_not_native(teacher_logits, log_u, log_v)
+    refused = why_not_native(teacher_logits, log_u, log_v)
     if torch.float64 in (weight.dtype, row_weights.dtype):
-        refusals = {"native": "weight and row_weights must not be float64"}
-    chosen = choose_backend("cross_entropy", features, backend, refusals=refusals)
+        refused = {"native": "weight and row_weights must not be float64"}
+    chosen = choose_backend("cross_entropy", features, backend, refusals=refused)
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     with torch.autocast(features.device.type, enabled=False):
         total, losses = _PrototypeCrossEntropy.apply(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
@@ -262,7 +262,8 @@ def _losses_and_gradient_native_(
     teacher_rows = teacher_rows.contiguous()
     slots = max(min(torch.get_num_threads(), logits.shape[0]), 1)
     scratch = logits.new_empty(slots, logits.shape[1])  # the targets of the row in work
-    native.module().cross_entropy_in_place_cpu(
+    run_cpu(
+        "cross_entropy_in_place_cpu",
         **kernel_arguments(
             logits,
             teacher,
@@ -272,9 +273,9 @@ def _losses_and_gradient_native_(
             float(student_temperature),
             float(teacher_temperature),
         ),
-        row_weights=row_weights.data_ptr(),
-        loss=losses.data_ptr(),
-        scratch=scratch.data_ptr(),
+        row_weights=row_weights,
+        loss=losses,
+        scratch=scratch,
         slots=slots,
     )
     return losses

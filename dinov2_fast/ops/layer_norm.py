@@ -22,7 +22,7 @@ from dinov2_fast.ops._layer_norm_native import (
     backward_of_output_cpu,
     forward_cpu,
 )
-from dinov2_fast.ops._native_rows import adjacent_columns, refusals, refuse_overlap
+from dinov2_fast.ops._native_cpu import adjacent_columns, refusals, refuse_overlap
 
 
 def layer_norm_reference(

@@ -18,7 +18,7 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops._native_rows import refusals, refuse_overlap
+from dinov2_fast.ops._native_cpu import refusals, refuse_overlap
 from dinov2_fast.ops._stochastic_depth_native import gather_cpu, gather_op, scatter_cpu_, scatter_op
 from dinov2_fast.packing import Pack
 
