@@ -77,9 +77,10 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
     refused = refusals({"x": x, "da": da}, {})
     if choose_backend("gelu", x, backend, refusals=refused) == "reference":
         return gelu_backward_reference_(da, x)
-    sums = _launch_backward(da, x, dx=x, activation=da)
+    partials = new_partials(x, *x.shape)
+    _launch_backward(da, x, dx=x, activation=da, partials=partials)
     torch.autograd.graph.increment_version((da, x))
-    return sums
+    return partials.sum(0)
 
 
 def _forward_native_cpu(x: Tensor) -> Tensor:
@@ -101,31 +102,31 @@ def _forward_native_cpu(x: Tensor) -> Tensor:
 def _backward_native_cpu(da: Tensor, x: Tensor) -> Tensor:
     """Native backward on the CPU into a new tensor."""
     dx = x.new_empty(x.shape)
-    _launch_backward(adjacent_columns(da), x, dx=dx, activation=None)
+    _launch_backward(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
     return dx
 
 
-def _launch_backward(da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None) -> Tensor:
-    """Write dx and, if wanted, gelu(x); the column sums of dx, added block by block in order."""
+def _launch_backward(
+    da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None, partials: Tensor | None
+) -> None:
+    """Write dx and, if wanted, gelu(x) and the column sums of dx over each block of rows."""
     rows, width = x.shape
-    partial = new_partials(x, rows, width)
     run_cpu(
         "gelu_backward_cpu",
         da=da,
         x=x,
         dx=dx,
         activation=activation,
-        partial=partial,
+        partials=partials,
         rows=rows,
         width=width,
-        rows_per_block=BLOCK_ROWS,
+        block_rows=BLOCK_ROWS,
         da_row_stride=da.stride(0),
         x_row_stride=x.stride(0),
         dx_row_stride=dx.stride(0),
         activation_row_stride=0 if activation is None else activation.stride(0),
         dtype=dtype_name(x),
     )
-    return partial.sum(0)
 
 
 def _forward_fake(x: Tensor) -> Tensor:

@@ -91,9 +91,10 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
     chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
         return swiglu_backward_reference_(dh, x12)
-    sums = _launch_backward_cpu(dh, x12, dx12=x12, h=dh)
+    partials = new_partials(x12, *x12.shape)
+    _launch_backward_cpu(dh, x12, dx12=x12, h=dh, partials=partials)
     torch.autograd.graph.increment_version((dh, x12))
-    return sums
+    return partials.sum(0)
 
 
 def _check(x12: Tensor) -> None:
@@ -141,31 +142,31 @@ def _forward_native_cuda(x12: Tensor) -> Tensor:
 def _backward_native_cpu(dh: Tensor, x12: Tensor) -> Tensor:
     """Native backward on the CPU into a new tensor."""
     dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
-    _launch_backward_cpu(dh, x12, dx12=dx12, h=None)
+    _launch_backward_cpu(dh, x12, dx12=dx12, h=None, partials=None)
     return dx12
 
 
-def _launch_backward_cpu(dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None) -> Tensor:
-    """Write dx12 and, if wanted, h; the column sums of dx12, added block by block in order."""
+def _launch_backward_cpu(
+    dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None, partials: Tensor | None
+) -> None:
+    """Write dx12 and, if wanted, h and the column sums of dx12 over each block of rows."""
     rows, width = x12.shape
-    partial = new_partials(x12, rows, width)
     run_cpu(
         "swiglu_backward_cpu",
         dh=dh,
         x12=x12,
         dx12=dx12,
         h=h,
-        partial=partial,
+        partials=partials,
         rows=rows,
         hidden=width // 2,
-        rows_per_block=BLOCK_ROWS,
+        block_rows=BLOCK_ROWS,
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
         h_row_stride=0 if h is None else h.stride(0),
         dtype=dtype_name(x12),
     )
-    return partial.sum(0)
 
 
 def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
