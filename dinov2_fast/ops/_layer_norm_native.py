@@ -40,6 +40,7 @@ def forward_cpu(
         eps=eps,
         x_dtype=dtype_name(x),
         y_dtype=dtype_name(y),
+        op="layer_norm",
     )
     return y, rstd, mean
 
@@ -120,6 +121,7 @@ def _backward_cpu(
         dy_dtype=dtype_name(dy),
         source_dtype=dtype_name(source),
         dx_dtype=dtype_name(dx),
+        op="layer_norm_backward_" if add else "layer_norm_backward",
     )
     # Storage of their own: outputs of an op must not share any.
     return sums[0].to(weight.dtype, copy=True), sums[1].to(weight.dtype, copy=True)

@@ -16,6 +16,7 @@ from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
     check_positive,
+    check_row_range,
     check_rows,
     check_tensor,
 )
@@ -85,7 +86,9 @@ def cross_entropy(
     check_tensor(op, "log_v", log_v, teacher_logits.shape[0])
     device = student_logits.device
     check_device(op, device, teacher_logits=teacher_logits, log_u=log_u, log_v=log_v)
-    check_rows(op, "teacher_rows", teacher_rows, teacher_logits.shape[0], device)
+    check_rows(op, "teacher_rows", teacher_rows, device)
+    # The kernels would take -1, which is no teacher.
+    check_row_range(op, "teacher_rows", teacher_rows, teacher_logits.shape[0])
     if teacher_rows.shape[0] != student_logits.shape[0]:
         raise ValueError(
             f"{op}: teacher_rows must have one row for each of the {student_logits.shape[0]} "

@@ -20,7 +20,7 @@ from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
     check_positive,
-    check_rows,
+    check_row_range,
     check_tensor,
 )
 from dinov2_fast.ops._native_cpu import run_cpu
@@ -163,8 +163,9 @@ def _check(
             f"{op}: teacher_rows must have shape [{rows}, 1] or [{rows}, 2], "
             f"got {tuple(teacher_rows.shape)}"
         )
-    # -1 is allowed: shifted by one, what is left to refuse is what `check_rows` refuses.
-    check_rows(op, "teacher_rows + 1", teacher_rows.flatten() + 1, len(teacher_logits) + 1, device)
+    check_device(op, device, teacher_rows=teacher_rows)
+    # -1 is allowed: shifted by one, what is left to refuse is what `check_row_range` refuses.
+    check_row_range(op, "teacher_rows + 1", teacher_rows + 1, len(teacher_logits) + 1)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
