@@ -6,6 +6,7 @@
 #include "check.hpp"
 #include "cpu/attention_tiles.hpp"
 #include "cpu/rows.hpp"
+#include "keywords.hpp"
 
 #include <cmath>
 #include <cstdint>
@@ -259,30 +260,24 @@ template <typename T> struct BackwardTask {
   }
 };
 
-struct Layout {
+struct Work {
   int64_t sequences, threads;
-  bool backward;
+  std::string dtype, level;
 };
 
-// Every thread takes each threads-th task: neighbours, of equal length, go to different ones.
 template <template <typename> class Task>
-void launch(const char* op, const Problem& p, const Layout& layout, const std::string& dtype,
-            const std::string& level_name) {
-  const Level level = choose_level(op, level_name);
-  with_float_type(op, "q", dtype, [&](auto type) {
+void launch(const char* op, const Problem& p, const Work& work) {
+  const Level level = choose_level(op, work.level);
+  with_float_type(op, "q", work.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     auto* body = at_level<Task<T>, Problem>(level);
-    const int64_t tasks = layout.sequences * p.heads;
-    parallel_rows(layout.threads, tasks * kElementsPerThread, static_cast<int>(layout.threads),
-                  [&](int64_t first, int64_t last) {
-                    for (int64_t thread = first; thread < last; ++thread)
-                      for (int64_t task = thread; task < tasks; task += layout.threads)
-                        body(p, task, thread, 0);
-                  });
+    parallel_tasks(work.sequences * p.heads, work.threads,
+                   [&](int64_t task, int64_t thread) { body(p, task, thread, 0); });
   });
 }
 
-Heads heads_of(const py::tuple& view) {
+Heads heads_of(const py::kwargs& a, const char* name) {
+  const auto view = keyword<py::tuple>(a, name);
   return {reinterpret_cast<void*>(view[0].cast<uintptr_t>()), view[1].cast<int64_t>(),
           view[2].cast<int64_t>()};
 }
@@ -300,55 +295,50 @@ int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, 
   return round_up(floats, kLanes);
 }
 
-Problem problem_of(const char* op, uintptr_t lse, uintptr_t query_offsets, uintptr_t key_offsets,
-                   uintptr_t scratch, int64_t floats_per_thread, int64_t num_queries, int64_t heads,
-                   int64_t head_dim, float scale, int64_t threads) {
-  require(heads >= 0 && num_queries >= 0, op, "sizes must not be negative");
-  require(head_dim >= 1, op, "head_dim must be at least 1, got " + std::to_string(head_dim));
-  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
-  require(query_offsets != 0 && key_offsets != 0, op, "offsets must not be null pointers");
-  require(scratch != 0, op, "scratch must not be a null pointer");
+// What both directions take.
+Problem problem_of(const py::kwargs& a) {
   Problem p{};
-  p.lse = reinterpret_cast<float*>(lse);
-  p.query_offsets = reinterpret_cast<const int32_t*>(query_offsets);
-  p.key_offsets = reinterpret_cast<const int32_t*>(key_offsets);
-  p.scratch = reinterpret_cast<float*>(scratch);
-  p.floats_per_thread = floats_per_thread;
-  p.num_queries = num_queries;
-  p.heads = heads;
-  p.head_dim = head_dim;
-  p.scale = scale;
+  p.q = heads_of(a, "q"), p.k = heads_of(a, "k"), p.v = heads_of(a, "v");
+  p.lse = pointer<float>(a, "lse");
+  p.query_offsets = pointer<const int32_t>(a, "query_offsets");
+  p.key_offsets = pointer<const int32_t>(a, "key_offsets");
+  p.scratch = pointer<float>(a, "scratch");
+  p.floats_per_thread = keyword<int64_t>(a, "floats_per_thread");
+  p.num_queries = keyword<int64_t>(a, "num_queries");
+  p.heads = keyword<int64_t>(a, "heads");
+  p.head_dim = keyword<int64_t>(a, "head_dim");
+  p.scale = keyword<float>(a, "scale");
   return p;
 }
 
-void attention_forward(const py::tuple& q, const py::tuple& k, const py::tuple& v,
-                       const py::tuple& out, uintptr_t lse, uintptr_t query_offsets,
-                       uintptr_t key_offsets, uintptr_t scratch, int64_t floats_per_thread,
-                       int64_t sequences, int64_t num_queries, int64_t heads, int64_t head_dim,
-                       float scale, const std::string& dtype, int64_t threads,
-                       const std::string& level) {
-  constexpr const char* op = "attention_forward_cpu";
-  Problem p = problem_of(op, lse, query_offsets, key_offsets, scratch, floats_per_thread,
-                         num_queries, heads, head_dim, scale, threads);
-  p.q = heads_of(q), p.k = heads_of(k), p.v = heads_of(v), p.out = heads_of(out);
-  const py::gil_scoped_release release;
-  launch<ForwardTask>(op, p, {sequences, threads, false}, dtype, level);
+// Reads how to run, checks, lets go of the GIL and runs.
+template <template <typename> class Task>
+void start(const char* op, const Problem& p, const py::kwargs& a) {
+  const Work work{keyword<int64_t>(a, "sequences"), keyword<int64_t>(a, "threads"),
+                  keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level")};
+  require_not_negative(op, "sequences", work.sequences);
+  require_not_negative(op, "num_queries", p.num_queries);
+  require_not_negative(op, "heads", p.heads);
+  require_positive(op, "head_dim", p.head_dim);
+  require_positive(op, "threads", work.threads);
+  require_pointer(op, "query_offsets", p.query_offsets);
+  require_pointer(op, "key_offsets", p.key_offsets);
+  require_pointer(op, "scratch", p.scratch);
+  const py::gil_scoped_release released;
+  launch<Task>(op, p, work);
 }
 
-void attention_backward(const py::tuple& d_out, const py::tuple& q, const py::tuple& k,
-                        const py::tuple& v, const py::tuple& d_q, const py::tuple& d_k,
-                        const py::tuple& d_v, uintptr_t lse, uintptr_t query_offsets,
-                        uintptr_t key_offsets, uintptr_t scratch, int64_t floats_per_thread,
-                        int64_t sequences, int64_t num_queries, int64_t heads, int64_t head_dim,
-                        float scale, const std::string& dtype, int64_t threads,
-                        const std::string& level) {
-  constexpr const char* op = "attention_backward_cpu";
-  Problem p = problem_of(op, lse, query_offsets, key_offsets, scratch, floats_per_thread,
-                         num_queries, heads, head_dim, scale, threads);
-  p.q = heads_of(q), p.k = heads_of(k), p.v = heads_of(v), p.out = heads_of(d_out);
-  p.d_q = heads_of(d_q), p.d_k = heads_of(d_k), p.d_v = heads_of(d_v);
-  const py::gil_scoped_release release;
-  launch<BackwardTask>(op, p, {sequences, threads, true}, dtype, level);
+void attention_forward(const py::kwargs& a) {
+  Problem p = problem_of(a);
+  p.out = heads_of(a, "out");
+  start<ForwardTask>("attention_forward_cpu", p, a);
+}
+
+void attention_backward(const py::kwargs& a) {
+  Problem p = problem_of(a);
+  p.out = heads_of(a, "d_out");
+  p.d_q = heads_of(a, "d_q"), p.d_k = heads_of(a, "d_k"), p.d_v = heads_of(a, "d_v");
+  start<BackwardTask>("attention_backward_cpu", p, a);
 }
 
 } // namespace
@@ -360,17 +350,8 @@ void bind_attention_cpu(py::module_& m) {
         "Floats of scratch that one thread needs for sequences of at most these lengths.",
         py::arg("max_queries"), py::arg("max_keys"), py::arg("head_dim"), py::arg("backward"));
   m.def("attention_forward_cpu", &attention_forward,
-        "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32.",
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-        py::arg("query_offsets"), py::arg("key_offsets"), py::arg("scratch"),
-        py::arg("floats_per_thread"), py::arg("sequences"), py::arg("num_queries"),
-        py::arg("heads"), py::arg("head_dim"), py::arg("scale"), py::arg("dtype"),
-        py::arg("threads"), py::arg("level"));
+        "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; "
+        "query_offsets and key_offsets [S + 1] int32; scratch; sizes; by keyword.");
   m.def("attention_backward_cpu", &attention_backward,
-        "d_out, q, k, v -> d_q, d_k, d_v, each (pointer, row stride, head stride).",
-        py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("d_q"), py::arg("d_k"),
-        py::arg("d_v"), py::arg("lse"), py::arg("query_offsets"), py::arg("key_offsets"),
-        py::arg("scratch"), py::arg("floats_per_thread"), py::arg("sequences"),
-        py::arg("num_queries"), py::arg("heads"), py::arg("head_dim"), py::arg("scale"),
-        py::arg("dtype"), py::arg("threads"), py::arg("level"));
+        "As forward, with d_out -> d_q, d_k, d_v, each (pointer, row stride, head stride).");
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_rows import (
+from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
     adjacent_columns,
     dtype_name,
@@ -23,8 +23,10 @@ def scatter_cpu_(
     rows: Tensor | None,
     row_scale: Tensor | None,
     gamma: Tensor | None,
+    *,
+    op: str,
 ) -> None:
-    """x[rows] += residual * row_scale * gamma."""
+    """x[rows] += residual * row_scale * gamma; `op` is named if a row is out of range."""
     if x.shape[1] == 0:
         return
     run_cpu(
@@ -41,6 +43,7 @@ def scatter_cpu_(
         residual_row_stride=residual.stride(0),
         x_dtype=dtype_name(x),
         residual_dtype=dtype_name(residual),
+        op=op,
     )
 
 
@@ -53,6 +56,7 @@ def gather_cpu(
     out_dtype: torch.dtype,
     *,
     want_sums: bool,
+    op: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows g = dx[rows] * row_scale * gamma, and the sums [C] of dx[rows] * row_scale * residual.
 
@@ -64,6 +68,7 @@ def gather_cpu(
         residual: [R, C] in out_dtype, or ones.
         out_dtype: of g.
         want_sums: whether to compute the sums.
+        op: named if a row is out of range.
     Returns:
         g [R, C], and the sums in float32 if wanted.
     """
@@ -91,6 +96,7 @@ def gather_cpu(
         g_row_stride=g.stride(0),
         dx_dtype=dtype_name(dx),
         g_dtype=dtype_name(g),
+        op=op,
     )
     return g, sums
 
@@ -105,7 +111,7 @@ def _scatter_native_cpu(
 ) -> Tensor:
     """A copy of x, added to in place."""
     out = x.clone(memory_format=torch.contiguous_format)
-    scatter_cpu_(out, residual, rows, row_scale, gamma)
+    scatter_cpu_(out, residual, rows, row_scale, gamma, op="scatter_add_scaled")
     return out
 
 
@@ -128,6 +134,7 @@ def _scatter_backward_native_cpu(
         residual if wants_gamma else None,
         residual.dtype,
         want_sums=wants_gamma,
+        op="scatter_add_scaled_backward",
     )
     return dresidual, grad.new_empty(0, dtype=torch.float32) if dgamma is None else dgamma
 
@@ -153,7 +160,7 @@ def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gather_native_cpu(x: Tensor, rows: Tensor) -> Tensor:
-    return gather_cpu(x, rows, None, None, None, x.dtype, want_sums=False)[0]
+    return gather_cpu(x, rows, None, None, None, x.dtype, want_sums=False, op="gather_rows")[0]
 
 
 def _gather_fake(x: Tensor, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops import _attention_native as native_kernels
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_pack, check_tensor
 from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._native_cpu import adjacent_columns, refusals
 from dinov2_fast.packing import Pack, check_cu_seqlens, unpack_tokens
 
 
@@ -67,8 +68,8 @@ def attention(
     Source: block-diagonal masks of xFormers' memory-efficient attention, as DINOv2 uses them.
     """
     scale = _check("attention", q, k, v, pack, scale)
-    refusals = native_kernels.refusals(q=q, k=k, v=v)
-    chosen = choose_backend("attention", q, backend, refusals=refusals)
+    refused = refusals({"q": q, "k": k, "v": v}, {})
+    chosen = choose_backend("attention", q, backend, refusals=refused)
     if chosen == "reference":
         return attention_reference(q, k, v, pack, scale=scale)
     return _forward(q, k, v, pack.offsets, scale, chosen)[0]
@@ -100,8 +101,8 @@ def attention_with_lse(
         BackendUnavailable: see `attention`.
     """
     scale = _check("attention_with_lse", q, k, v, pack, scale)
-    refusals = native_kernels.refusals(q=q, k=k, v=v)
-    chosen = choose_backend("attention", q, backend, refusals=refusals)
+    refused = refusals({"q": q, "k": k, "v": v}, {})
+    chosen = choose_backend("attention", q, backend, refusals=refused)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if chosen == "reference" or differentiated:  # there lse has a gradient too
         lse = lse_reference(q, k, pack, scale=scale)
@@ -138,8 +139,8 @@ def attention_forward(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     queries = _query_pack("attention_forward", q, k, pack, q_pack)
-    refusals = native_kernels.refusals(q=q, k=k, v=v)
-    if choose_backend("attention", q, backend, refusals=refusals) == "native":
+    refused = refusals({"q": q, "k": k, "v": v}, {})
+    if choose_backend("attention", q, backend, refusals=refused) == "native":
         return native_kernels.forward(q, k, v, queries.offsets, pack.offsets, scale)
     dtype = accumulation_dtype(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -189,9 +190,9 @@ def attention_backward(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     queries = _query_pack("attention_backward", q, k, pack, q_pack)
-    refusals = native_kernels.refusals(d_out=d_out, q=q, k=k, v=v, d_q=d_q, d_k=d_k, d_v=d_v)
-    if choose_backend("attention", q, backend, refusals=refusals) == "native":
-        gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    refused = refusals({"d_out": d_out, "q": q, "k": k, "v": v, **gradients}, {})
+    if choose_backend("attention", q, backend, refusals=refused) == "native":
         offsets = (queries.offsets, pack.offsets)
         return native_kernels.backward(d_out, q, k, v, lse, *offsets, scale, **gradients)
     for count, rows, keys in _runs(queries, pack):
@@ -346,7 +347,7 @@ def _backward_native_cpu(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Native backward on the CPU into new tensors."""
-    d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
+    d_out = adjacent_columns(d_out)
     d_q, d_k, d_v = _empty_gradients(q, k, v)
     gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
     native_kernels.backward(d_out, q, k, v, lse, offsets, offsets, scale, **gradients)

@@ -13,6 +13,7 @@ from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
     check_positive,
+    check_row_range,
     check_rows,
     check_tensor,
 )
@@ -22,7 +23,7 @@ from dinov2_fast.ops._layer_norm_native import (
     backward_of_output_cpu,
     forward_cpu,
 )
-from dinov2_fast.ops._native_rows import adjacent_columns, refusals, refuse_overlap
+from dinov2_fast.ops._native_cpu import adjacent_columns, refusals, refuse_overlap
 
 
 def layer_norm_reference(
@@ -122,6 +123,7 @@ def layer_norm(
     if x.ndim != 2 and not x.is_contiguous():
         refused = {"native": f"x must be contiguous or [T, C], got strides {x.stride()}"}
     if choose_backend("layer_norm", x, backend, refusals=refused) == "reference":
+        check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_reference(x, weight, bias, eps=eps, rows=rows)
     matrix = x if x.ndim == 2 else x.view(-1, weight.shape[0])
     y, _, _ = _forward(matrix, weight, bias, eps, rows, "native")
@@ -158,6 +160,7 @@ def layer_norm_forward(
     if out_dtype not in (None, torch.float32, torch.bfloat16):
         refused = {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
     if choose_backend("layer_norm", x, backend, refusals=refused) == "reference":
+        check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_forward_reference(
             x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype
         )
@@ -212,6 +215,7 @@ def layer_norm_backward_(
         | refuse_overlap("dx", dx)
     )
     if choose_backend("layer_norm", dx, backend, refusals=refused) == "reference":
+        check_row_range("layer_norm_backward_", "rows", rows, dx.shape[0])
         return layer_norm_backward_reference_(
             dx, dy, y, rstd, weight, bias, rows=rows, normalised=normalised
         )
@@ -256,7 +260,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | N
             f"got {weight.dtype}"
         )
     if rows is not None:
-        check_rows("layer_norm", "rows", rows, x.shape[0], x.device)
+        check_rows("layer_norm", "rows", rows, x.device)
 
 
 def _check_backward(
@@ -275,7 +279,7 @@ def _check_backward(
     check_tensor(op, "bias", bias, *weight.shape)
     check_tensor(op, "dx", dx, "T", weight.shape[0])
     if rows is not None:
-        check_rows(op, "rows", rows, dx.shape[0], dx.device)
+        check_rows(op, "rows", rows, dx.device)
     shape = (dx if rows is None else rows).shape[0], weight.shape[0]
     check_tensor(op, "dy", dy, *shape)
     check_tensor(op, "y", y, *shape)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._native_cpu import FLOATS, dtype_name, refusals, run_cpu
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,11 +80,8 @@ def sinkhorn(
     check_positive("sinkhorn", temperature=temperature)
     if num_iterations < 1:
         raise ValueError(f"sinkhorn: num_iterations must be at least 1, got {num_iterations}")
-    refusals = {}
-    if logits.stride(1) != 1 and logits.numel() > 0:
-        why = f"logits must have adjacent columns (stride 1), got stride {logits.stride(1)}"
-        refusals = {"native": why}
-    chosen = choose_backend("sinkhorn", logits, backend, refusals=refusals)
+    refused = refusals({"logits": logits}, {}, floats=(*FLOATS, torch.float16))
+    chosen = choose_backend("sinkhorn", logits, backend, refusals=refused)
     if chosen == "reference":
         return sinkhorn_reference(
             logits, temperature=temperature, num_iterations=num_iterations, group=group
@@ -128,18 +125,17 @@ def _log_sums_of_all(largest: Tensor, sums: Tensor, group: ProcessGroup | None) 
 def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Largest of logits * scale + log_v in each column, and sum of exp relative to it."""
     largest, sums = _columns_fake(logits, log_v, scale)
-    native.module().sinkhorn_columns_cpu(
-        logits=logits.data_ptr(),
-        log_v=log_v.data_ptr(),
-        largest=largest.data_ptr(),
-        sums=sums.data_ptr(),
+    run_cpu(
+        "sinkhorn_columns_cpu",
+        logits=logits,
+        log_v=log_v,
+        largest=largest,
+        sums=sums,
         rows=logits.shape[0],
         columns=logits.shape[1],
         row_stride=logits.stride(0),
         scale=scale,
-        dtype=str(logits.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(logits),
     )
     return largest, sums
 
@@ -147,17 +143,16 @@ def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Te
 def _rows_native_cpu(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
     """Logarithm of each row's sum of exp(logits * scale + log_u)."""
     lse = _rows_fake(logits, log_u, scale)
-    native.module().sinkhorn_rows_cpu(
-        logits=logits.data_ptr(),
-        log_u=log_u.data_ptr(),
-        lse=lse.data_ptr(),
+    run_cpu(
+        "sinkhorn_rows_cpu",
+        logits=logits,
+        log_u=log_u,
+        lse=lse,
         rows=logits.shape[0],
         columns=logits.shape[1],
         row_stride=logits.stride(0),
         scale=scale,
-        dtype=str(logits.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(logits),
     )
     return lse
 

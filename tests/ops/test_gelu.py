@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.gelu import gelu, gelu_backward_, gelu_reference
 from tests.inputs import COMPILERS, DTYPES, ROW_SHAPES, leaves, randn
@@ -82,8 +83,6 @@ def test_backward_in_place_gives_gradient_activation_and_bias_gradient(backend, 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_is_as_good(monkeypatch, level: str, backend: str):
-    from dinov2_fast import native
-
     if backend != "native" or level not in native.cpu_levels():
         pytest.skip(f"gelu: {backend} has no {level} here")
     monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
@@ -153,3 +152,23 @@ def test_rejects_bad_input():
         gelu_backward_(torch.zeros(2, 3).double(), torch.zeros(2, 3))
     with pytest.raises(BackendUnavailable, match=r"adjacent columns|not built|float"):
         gelu(torch.zeros(3, 2).t(), backend="native")
+
+
+def test_the_extension_itself_says_what_came():
+    if native.why_not():
+        pytest.skip(native.why_not())
+    x, da, dx = torch.zeros(2, 3), torch.ones(2, 3), torch.full((2, 3), 7.0)
+    good = {"da": da.data_ptr(), "x": x.data_ptr(), "dx": dx.data_ptr(), "activation": 0}
+    good |= {"partials": 0, "rows": 2, "width": 3, "block_rows": 64, "da_row_stride": 3}
+    good |= {"x_row_stride": 3, "dx_row_stride": 3, "activation_row_stride": 0}
+    good |= {"dtype": "float32", "threads": 1, "level": "auto"}
+    for change, message in [
+        ({"rows": -1}, "rows must not be negative, got -1"),
+        ({"width": -2}, "width must not be negative, got -2"),
+        ({"block_rows": 0}, "block_rows must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"dx_row_stride": 2}, "dx: expected a row stride of at least 3 elements, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"gelu_backward_cpu: {message}"):
+            native.module().gelu_backward_cpu(**(good | change))
+    assert torch.equal(dx, torch.full((2, 3), 7.0))

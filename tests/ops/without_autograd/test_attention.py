@@ -129,3 +129,30 @@ def test_rejects_packs_that_do_not_belong_together():
     q, k, v = make_qkv(pack)
     with pytest.raises(ValueError, match="q_pack must have the 2 sequences of pack, got 1"):
         attention_forward(q, k, v, pack, scale=1.0, q_pack=Pack.from_groups([(1, 6)]))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_extension_itself_says_what_came(direction: str):
+    if native.why_not():
+        pytest.skip(native.why_not())
+    rows, numbers = torch.zeros(2, 1, 3), torch.zeros(4096)
+    offsets = torch.tensor([0, 2], dtype=torch.int32)
+    names = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+    good = dict.fromkeys(names, (rows.data_ptr(), 3, 3)) | {"lse": numbers.data_ptr()}
+    good |= dict.fromkeys(("query_offsets", "key_offsets"), offsets.data_ptr())
+    good |= {"scratch": numbers.data_ptr(), "floats_per_thread": 4096, "sequences": 1}
+    good |= {"num_queries": 2, "heads": 1, "head_dim": 3, "scale": 1.0, "dtype": "float32"}
+    good |= {"threads": 1, "level": "auto"}
+    run = getattr(native.module(), f"attention_{direction}_cpu")
+    for change, message in [
+        ({"sequences": -1}, "sequences must not be negative, got -1"),
+        ({"num_queries": -2}, "num_queries must not be negative, got -2"),
+        ({"heads": -3}, "heads must not be negative, got -3"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"key_offsets": 0}, "key_offsets must not be a null pointer"),
+        ({"scratch": 0}, "scratch must not be a null pointer"),
+        ({"dtype": "int8"}, "q must be float32 or bfloat16, got int8"),
+    ]:
+        with pytest.raises(ValueError, match=f"attention_{direction}_cpu: {message}"):
+            run(**(good | change))
