@@ -1,8 +1,8 @@
 """What every benchmark row holds, and how one is measured.
 
-Run with `pytest benchmarks --benchmark-only`. A row states op, backend, dtype, shape and mode, the
-time's quartiles, achieved bandwidth or arithmetic and its share of what this machine reaches, peak
-memory, hardware, driver, versions and commit.
+Run with `pytest benchmarks --benchmark-only`; `--full` adds large shapes. A row states op, backend,
+dtype, shape and mode, the time's quartiles, achieved bandwidth or arithmetic and its share of what
+this machine reaches, peak memory, hardware, driver, versions and commit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from dinov2_fast.backends import availability
 
 ROOT = Path(__file__).parent.parent
 WARMUP_ROUNDS = 5
-ROUNDS = 50
+LEAST_ROUNDS, MOST_ROUNDS = 3, 50
+SECONDS_PER_ROW = 1.0  # of timed rounds, flushes between them included
 FLUSH_BYTES = 256 * 2**20  # more than the last cache of any device
 
 # Rows on the CPU run on one thread and count its own time: a busy machine's scheduler takes slices
@@ -55,8 +56,11 @@ def measure(
     device: str,
     num_bytes: int,
     num_flops: int = 0,
+    prepare: Callable[[], object] | None = None,
 ) -> None:
     """Time a function with cold caches and one CPU thread, and complete the row.
+
+    Under --benchmark-disable the function runs once and nothing is measured.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -65,16 +69,24 @@ def measure(
         backend: what is measured: a backend, or "compiled reference".
         dtype: float type of the main input.
         shape: of the main input.
-        mode: "forward" or "forward+backward".
+        mode: part of the op, as "forward" or "forward+backward".
         device: "cpu" or "cuda".
         num_bytes: bytes the op must move: every input and output once.
         num_flops: useful operations; 0 for ops bound by memory.
+        prepare: restores before every round, untimed, what the work overwrites.
     """
+    if benchmark.disabled:
+        if prepare is not None:
+            prepare()
+        benchmark(run)
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     scratch = torch.empty(FLUSH_BYTES // 4, device=device)
 
     def set_up() -> None:
+        if prepare is not None:
+            prepare()
         scratch.zero_()  # L2 and L3 hold nothing of the last round
         _synchronize(device)
 
@@ -83,8 +95,9 @@ def measure(
         _synchronize(device)
 
     try:
+        warmup_rounds, rounds = _warm_up(lambda: (set_up(), timed()))
         _reset_peak(device)
-        benchmark.pedantic(timed, setup=set_up, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+        benchmark.pedantic(timed, setup=set_up, rounds=rounds)
         peak_mib = _peak_mib(device)
         reachable = copy_bandwidth_gb_s(device)
     finally:
@@ -107,11 +120,23 @@ def measure(
         flops=num_flops,
         tflop_s=num_flops / seconds / 1e12,
         peak_mib=peak_mib,
-        warmup_rounds=WARMUP_ROUNDS,
+        rounds=rounds,
+        warmup_rounds=warmup_rounds,
         caches="flushed",
         clock="elapsed" if device == "cuda" else "thread",
         **hardware(device),
     )
+
+
+def _warm_up(run: Callable[[], object]) -> tuple[int, int]:
+    """Run until compilers and allocator have settled; rounds run, and rounds to be timed."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < WARMUP_ROUNDS and sum(seconds) < SECONDS_PER_ROW):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    rounds = int(SECONDS_PER_ROW / min(seconds))
+    return len(seconds), min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
 
 
 @functools.cache

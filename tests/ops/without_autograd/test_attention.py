@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_fast import native
 from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
 from dinov2_fast.packing import Pack
 from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn
@@ -112,17 +111,11 @@ def test_long_sequences_in_blocks_of_queries(backend):
         assert_within_error_budget(found, low_precision=one, truth=exact, name="attention")
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_is_as_good(monkeypatch, level):
-    if level not in native.cpu_levels():
-        pytest.skip(f"attention: no {level} here")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+def test_every_instruction_set_is_as_good(level):
     test_equals_the_differentiable_reference("native", ((2, 65), (3, 17)), torch.float32, 64)
 
 
-def test_threads_change_no_bit():
-    if native.why_not():
-        pytest.skip(native.why_not())
+def test_threads_change_no_bit(on_native: None):
     pack = Pack.from_groups([(3, 65), (5, 17)])
     q, k, v = make_qkv(pack, num_heads=3, head_dim=64, dtype=torch.bfloat16)
     d_out = randn(*q.shape, dtype=torch.bfloat16, seed=1)
