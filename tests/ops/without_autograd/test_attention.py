@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2_fast import native
 from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
 from dinov2_fast.packing import Pack
 from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn
