@@ -180,7 +180,9 @@ def test_every_instruction_set_is_within_budget(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_of_ten_thousand_stay_finite(dtype: torch.dtype, backend: str, device: str):
-    logits = (randn(32, 64, device=device).sign() * 1e4 + randn(32, 64, seed=1)).to(dtype)
+    logits = (randn(32, 64, device=device).sign() * 1e4 + randn(32, 64, seed=1, device=device)).to(
+        dtype
+    )
     vectors = sinkhorn(logits, temperature=0.04, backend=backend)
     assert all(vector.isfinite().all() for vector in vectors)
     total = targets(logits, 0.04, vectors).sum(dim=1)
