@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinov2_fast.errors import BackendUnavailable
-from dinov2_fast.ops.sinkhorn import sinkhorn, sinkhorn_reference
+from dinov2_fast.ops.sinkhorn import row_logsumexp, sinkhorn, sinkhorn_reference
 from tests.inputs import DTYPES, SCORE_SHAPES, randn
 from tests.tolerance import assert_within_error_budget
 
@@ -257,3 +257,20 @@ def test_rejects_bad_input(changes: dict, error: type[Exception], message: str):
     sinkhorn(**good)
     with pytest.raises(error, match=message):
         sinkhorn(**(good | changes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_logsumexp_is_that_of_torch(dtype: torch.dtype, backend: str, device: str):
+    logits = randn(37, 257, dtype=dtype, device=device)
+    log_u = randn(257, seed=1, device=device)
+    rows = row_logsumexp(logits, log_u, temperature=0.05, backend=backend)
+    truth = torch.logsumexp(logits.double() / 0.05 + log_u.double(), dim=1)
+    low_precision = torch.logsumexp(logits.float() / 0.05 + log_u, dim=1)
+    assert_within_error_budget(rows, low_precision=low_precision, truth=truth, name="rows")
+
+
+def test_row_logsumexp_rejects_bad_input():
+    with pytest.raises(ValueError, match=r"row_logsumexp: log_u must have shape \[3\]"):
+        row_logsumexp(randn(2, 3), randn(4), temperature=0.1)
+    with pytest.raises(ValueError, match="row_logsumexp: temperature"):
+        row_logsumexp(randn(2, 3), randn(3), temperature=0.0)
