@@ -203,8 +203,8 @@ def test_nan_and_infinity_come_out_as_in_the_reference(
     gates, values = torch.tensor(special, device=device), torch.tensor([1.0, math.nan, math.inf])
     x12 = torch.cat([gates.repeat(3), values.to(device).repeat_interleave(len(special))])[None]
     x12 = x12.to(dtype)
-    # Kernels round once; the reference rounds the activation too, which makes a zero of silu(-88) in
-    # float16, and NaN of its product with infinity.
+    # Kernels round once; the reference rounds the activation too: in float16 silu(-88) is 0 then,
+    # and its product with infinity NaN.
     exact = x12 if backend == "reference" else x12.float()
     h, expected = swiglu(x12, backend=backend), swiglu_reference(exact).to(dtype)
     assert torch.equal(h.isnan(), expected.isnan())
