@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ Groups = Sequence[tuple[int, int]]
 
 
 class Launch(NamedTuple):
-    """Neighbouring sequences that one launch of a kernel computes; blocks past a sequence's end exit.
+    """Neighbouring sequences that one launch computes; programs past a sequence's end do nothing.
 
     Args:
         first: number of the first sequence.
@@ -32,7 +33,7 @@ class Launch(NamedTuple):
 
 
 def refusals(**tensors: Tensor) -> dict[str, str]:
-    """Why the head dimension or the layout of some [T, H, D] tensor rules out the Triton backend."""
+    """Why the head dimension or the layout of a [T, H, D] tensor rules out the Triton backend."""
     for name, tensor in tensors.items():
         if tensor.shape[2] > MAX_HEAD_DIM:
             why = f"head dimension must be at most {MAX_HEAD_DIM}, got {tensor.shape[2]}"
@@ -43,19 +44,18 @@ def refusals(**tensors: Tensor) -> dict[str, str]:
     return {}
 
 
-def launches(q_groups: Groups, k_groups: Groups) -> list[Launch]:
-    """What to launch for packs of these groups: a few launches without idle blocks, or one."""
+def launches(q_groups: Groups, k_groups: Groups) -> list[int]:
+    """What to launch for packs of these groups: the numbers of a `Launch` after those of another.
+
+    A few groups take one launch each, without idle programs; many take one launch together.
+    """
     counts = [count for count, _ in k_groups]
     if counts != [count for count, _ in q_groups] or len(counts) > MAX_LAUNCHES:
         longest = [max((n for c, n in g if c), default=0) for g in (q_groups, k_groups)]
-        return [Launch(0, sum(counts), *longest)] if sum(counts) else []
-    found: list[Launch] = []
-    first = 0
-    for (count, num_queries), (_, num_keys) in zip(q_groups, k_groups, strict=True):
-        if count:
-            found.append(Launch(first, count, num_queries, num_keys))
-        first += count
-    return found
+        return [0, sum(counts), *longest]
+    firsts = itertools.accumulate(counts, initial=0)
+    groups = zip(firsts, counts, q_groups, k_groups, strict=False)
+    return [number for first, count, q, k in groups for number in (first, count, q[1], k[1])]
 
 
 def forward(
@@ -64,7 +64,7 @@ def forward(
     v: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
-    runs: Sequence[Launch],
+    launches: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32."""
@@ -73,7 +73,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(q):
-        for run in runs:
+        for run in _runs(launches):
             tile = _tile(q, run.max_queries, run.max_keys)
             num_blocks = -(-run.max_queries // tile["BLOCK_Q"])
             _launch(
@@ -93,24 +93,26 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
-    runs: Sequence[Launch],
+    launches: Sequence[int],
     scale: float,
     *,
     d_q: Tensor,
     d_k: Tensor,
     d_v: Tensor,
 ) -> None:
-    """Write the gradients of queries, keys and values."""
+    """Write the gradients of queries, keys and values; without out, it is computed once more."""
     from dinov2_fast.kernels import attention as kernels
 
+    if out is None:
+        out, _ = forward(q, k, v, q_offsets, k_offsets, launches, scale)
     delta = torch.empty_like(lse)
     sums = (lse.stride(0), delta.stride(0))
     with torch.cuda.device_of(q):
-        for run in runs:
+        for run in _runs(launches):
             tile = _tile(q, run.max_queries, run.max_keys, backward=True)
             _launch(
                 kernels.backward_queries_kernel,
@@ -130,6 +132,11 @@ def backward(
                 (*sums, scale, scale * _LOG2_E),
                 tile,
             )
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[Launch]:
+    """The launches that `launches` described."""
+    yield from (Launch(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
 
 
 def _launch(
