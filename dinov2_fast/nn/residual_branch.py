@@ -84,6 +84,7 @@ class AttentionBranch(torch.autograd.Function):
             lse,
             plan.pack,
             scale=plan.head_dim**-0.5,
+            out=out,
             q_pack=_query_pack(plan),
             d_q=d_q,
             d_k=d_k,

@@ -239,10 +239,10 @@ def test_rejects_bad_input(changes: dict, error: type[Exception], message: str):
 def test_opcheck(on_native: None):
     pack = Pack.from_lengths([3, 2])
     for inputs in (make_qkv(pack), leaves(*make_qkv(pack))):
-        arguments = (*inputs, pack.offsets, 0.25, "native")
+        arguments = (*inputs, pack.offsets, [], 0.25, "native")
         torch.library.opcheck(torch.ops.dinov2_fast.attention.default, arguments)
     q, k, v = make_qkv(pack)
-    arguments = (q, q, k, v, randn(2, 5), pack.offsets, 0.25, "native")
+    arguments = (q, q, k, v, None, randn(2, 5), pack.offsets, [], 0.25, "native")
     torch.library.opcheck(torch.ops.dinov2_fast.attention_backward.default, arguments)
 
 
