@@ -101,6 +101,11 @@ def plain_blocks() -> bool:
     return value(BLOCK) == "plain"
 
 
+def triton_interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU: TRITON_INTERPRET, which Triton reads."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
+
+
 def extended(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with some variables more, for a child process."""
     return {**os.environ, **extra}

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2_fast import environment
 from dinov2_fast.backends import PREFERENCE, availability
+from tests.triton_interpreter import round_bfloat16_to_nearest
+
+if environment.triton_interpreted():
+    round_bfloat16_to_nearest()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,8 +50,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = ("device", "backend") if wants_device else ("backend",)
     parameters = []
     for device in ("cpu", "cuda") if wants_device else ("cpu",):
-        for backend in PREFERENCE[stem][device]:
-            marks = _marks(device, availability(stem, device)[backend])
+        reasons = availability(stem, device)
+        # Triton is in no order of the CPU, but TRITON_INTERPRET=1 makes it run there.
+        interpreted = ["triton"] if device == "cpu" and not reasons["triton"] else []
+        for backend in [*PREFERENCE[stem][device], *interpreted]:
+            marks = _marks(device, reasons[backend])
             values = (device, backend)[-len(names) :]
             parameters.append(pytest.param(*values, id=f"{backend}-{device}", marks=marks))
     metafunc.parametrize(names, parameters)
