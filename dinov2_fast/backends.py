@@ -26,7 +26,7 @@ _REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
-    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
     "gelu": {"cpu": ("native", "reference"), "cuda": ("reference",)},
@@ -41,6 +41,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("stochastic_depth", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("stochastic_depth", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("layer_norm", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("attention", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),

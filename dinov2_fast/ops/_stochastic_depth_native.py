@@ -1,4 +1,4 @@
-"""The kernels of stochastic depth on the CPU, and the ops that torch knows them as."""
+"""The kernels of stochastic depth on the CPU, and the ops that torch knows all kernels as."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._declare import Kernel, declare
 from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
     adjacent_columns,
@@ -15,6 +15,8 @@ from dinov2_fast.ops._native_cpu import (
     new_partials,
     run_cpu,
 )
+from dinov2_fast.ops._stochastic_depth_triton import gather_triton, scatter_triton_
+from dinov2_fast.ops._triton import TRITON_DEVICES
 
 
 def scatter_cpu_(
@@ -106,13 +108,17 @@ def _ones_or(gamma: Tensor | None, like: Tensor) -> Tensor:
     return like.new_ones(like.shape[1], dtype=torch.float32) if gamma is None else gamma.float()
 
 
-def _scatter_native_cpu(
-    x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> Tensor:
+def _scatter_by(run: Kernel) -> Kernel:
     """A copy of x, added to in place."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    scatter_cpu_(out, residual, rows, row_scale, gamma, op="scatter_add_scaled")
-    return out
+
+    def scatter(
+        x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
+    ) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        run(out, residual, rows, row_scale, gamma, op="scatter_add_scaled")
+        return out
+
+    return scatter
 
 
 def _scatter_fake(
@@ -121,22 +127,26 @@ def _scatter_fake(
     return x.new_empty(x.shape)
 
 
-def _scatter_backward_native_cpu(
-    grad: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scatter_backward_by(run: Kernel) -> Kernel:
     """Gradients of residual, and of gamma in float32 (nothing of it without a gamma)."""
-    wants_gamma = gamma is not None
-    dresidual, dgamma = gather_cpu(
-        adjacent_columns(grad),
-        rows,
-        row_scale,
-        gamma,
-        residual if wants_gamma else None,
-        residual.dtype,
-        want_sums=wants_gamma,
-        op="scatter_add_scaled_backward",
-    )
-    return dresidual, grad.new_empty(0, dtype=torch.float32) if dgamma is None else dgamma
+
+    def backward(
+        grad: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        wants_gamma = gamma is not None
+        dresidual, dgamma = run(
+            adjacent_columns(grad),
+            rows,
+            row_scale,
+            gamma,
+            residual if wants_gamma else None,
+            residual.dtype,
+            want_sums=wants_gamma,
+            op="scatter_add_scaled_backward",
+        )
+        return dresidual, grad.new_empty(0, dtype=torch.float32) if dgamma is None else dgamma
+
+    return backward
 
 
 def _scatter_backward_fake(
@@ -159,8 +169,13 @@ def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, dresidual, None, None, None if gamma is None else dgamma.to(gamma.dtype), None
 
 
-def _gather_native_cpu(x: Tensor, rows: Tensor) -> Tensor:
-    return gather_cpu(x, rows, None, None, None, x.dtype, want_sums=False, op="gather_rows")[0]
+def _gather_by(run: Kernel) -> Kernel:
+    """The rows alone."""
+
+    def gather(x: Tensor, rows: Tensor) -> Tensor:
+        return run(x, rows, None, None, None, x.dtype, want_sums=False, op="gather_rows")[0]
+
+    return gather
 
 
 def _gather_fake(x: Tensor, rows: Tensor) -> Tensor:
@@ -182,20 +197,29 @@ def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 _scatter_backward = declare(
     "scatter_add_scaled_backward(Tensor grad, Tensor residual, Tensor rows, Tensor row_scale, "
     "Tensor? gamma, str backend) -> (Tensor, Tensor)",
-    kernels={("native", "cpu"): _scatter_backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _scatter_backward_by(gather_cpu),
+        **dict.fromkeys(TRITON_DEVICES, _scatter_backward_by(gather_triton)),
+    },
     fake=_scatter_backward_fake,
 )
 scatter_op = declare(
     "scatter_add_scaled(Tensor x, Tensor residual, Tensor rows, Tensor row_scale, Tensor? gamma, "
     "str backend) -> Tensor",
-    kernels={("native", "cpu"): _scatter_native_cpu},
+    kernels={
+        ("native", "cpu"): _scatter_by(scatter_cpu_),
+        **dict.fromkeys(TRITON_DEVICES, _scatter_by(scatter_triton_)),
+    },
     fake=_scatter_fake,
     setup_context=_scatter_setup_context,
     backward=_scatter_gradient,
 )
 gather_op = declare(
     "gather_rows(Tensor x, Tensor rows, str backend) -> Tensor",
-    kernels={("native", "cpu"): _gather_native_cpu},
+    kernels={
+        ("native", "cpu"): _gather_by(gather_cpu),
+        **dict.fromkeys(TRITON_DEVICES, _gather_by(gather_triton)),
+    },
     fake=_gather_fake,
     setup_context=_gather_setup_context,
     backward=_gather_gradient,
