@@ -33,7 +33,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "koleo": _REFERENCE_ONLY,
-    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "optimizer": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
 }
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
@@ -50,6 +50,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("optimizer", "native", "cpu"): (torch.float32,),
+    ("optimizer", "triton", "cuda"): (torch.float32,),
 }
 
 _logger = logging.getLogger("dinov2_fast")
