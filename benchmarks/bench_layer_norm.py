@@ -26,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), CASES)
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_layer_norm(
     benchmark: Any,
     backend: str,

@@ -26,7 +26,7 @@ CASES = [
 @pytest.mark.parametrize("mode", ["scatter", "gather"])
 @pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), CASES)
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_stochastic_depth(
     benchmark: Any,
     backend: str,
