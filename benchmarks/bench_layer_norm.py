@@ -15,7 +15,7 @@ from dinov2_fast.ops.layer_norm import layer_norm_backward_, layer_norm_forward
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), KEPT_ROWS)
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_layer_norm(
     benchmark: Any,
     backend: str,

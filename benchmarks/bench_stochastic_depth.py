@@ -15,7 +15,7 @@ from dinov2_fast.ops.stochastic_depth import gather_scaled, scatter_add_scaled_
 @pytest.mark.parametrize("mode", ["scatter", "gather"])
 @pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), KEPT_ROWS)
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_stochastic_depth(
     benchmark: Any,
     backend: str,

@@ -41,10 +41,10 @@ def _forward_kernel(
     in_r = r < num_rows
     in_c = c < channels
     inside = in_r[:, None] & in_c[None, :]
+    target = r.to(tl.int64)
+    source = target
     if HAS_ROWS:
         source = tl.load(rows_ptr + r, mask=in_r, other=0).to(tl.int64)
-    else:
-        source = r.to(tl.int64)
     x = tl.load(x_ptr + source[:, None] * stride_xt + c[None, :], mask=inside, other=0.0)
     x = x.to(tl.float32)
     mean = tl.math.div_rn(tl.sum(x, axis=1), channels_float)
@@ -54,7 +54,6 @@ def _forward_kernel(
     weight = tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    target = r.to(tl.int64)
     y_ptrs = y_ptr + target[:, None] * stride_yr + c[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
     if HAS_MEAN:
@@ -221,7 +220,7 @@ def backward(
 
 
 def _tile(channels: int) -> tuple[dict[str, int], int]:
-    """Rows and columns of a program, and its warps: at most 32 numbers of a tile a thread."""
+    """Rows and columns of a program, and its warps: 32 numbers a thread up to 2048 channels."""
     columns = triton.next_power_of_2(channels)
     rows = 4 if columns <= 2048 else 1
     return {"ROWS": rows, "COLUMNS": columns}, 4 if columns <= 1024 else 8

@@ -10,10 +10,10 @@ import torch
 
 from dinov2_fast import environment, native
 from dinov2_fast.backends import PREFERENCE, availability
-from tests.triton_interpreter import round_bfloat16_to_nearest
+from tests.triton_interpreter import compute_as_a_gpu_does
 
 if environment.triton_interpreted():
-    round_bfloat16_to_nearest()
+    compute_as_a_gpu_does()
 
 LEVELS = ("baseline", "avx2", "avx512")
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 
-def round_bfloat16_to_nearest() -> None:
-    """Make the interpreter round float32 to bfloat16 as a GPU does; as it comes, it cuts off."""
+def compute_as_a_gpu_does() -> None:
+    """Round float32 to bfloat16 to the nearest, where the interpreter cuts off, and never warn."""
+    np.seterr(all="ignore")
     interpreter = importlib.import_module("triton.runtime.interpreter")
     language = importlib.import_module("triton.language")
     cut_off = interpreter.InterpreterBuilder.cast_impl

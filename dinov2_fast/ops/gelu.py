@@ -19,6 +19,7 @@ from dinov2_fast.ops._native_cpu import (
     refusals,
     run_cpu,
 )
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
 def gelu_reference(x: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Hendrycks, Gimpel, "Gaussian error linear units", 2016.
     """
     check_tensor("gelu", "x", x, "R", "F")
-    chosen = choose_backend("gelu", x, backend, refusals=refusals({"x": x}, {}))
+    refused = refusals({"x": x}, {}) | triton_refusals({"x": x}, {})
+    chosen = choose_backend("gelu", x, backend, refusals=refused)
     return gelu_reference(x) if chosen == "reference" else _forward(x, chosen)
 
 
@@ -74,13 +76,31 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
     check_device("gelu_backward_", x.device, da=da)
     if da.dtype != x.dtype:
         raise ValueError(f"gelu_backward_: da must have the dtype of x {x.dtype}, got {da.dtype}")
-    refused = refusals({"x": x, "da": da}, {})
-    if choose_backend("gelu", x, backend, refusals=refused) == "reference":
+    matrices = {"x": x, "da": da}
+    refused = refusals(matrices, {}) | triton_refusals(matrices, {})
+    chosen = choose_backend("gelu", x, backend, refusals=refused)
+    if chosen == "reference":
         return gelu_backward_reference_(da, x)
+    sums = _launch_triton_(da, x) if chosen == "triton" else _launch_cpu_(da, x)
+    torch.autograd.graph.increment_version((da, x))
+    return sums
+
+
+def _launch_cpu_(da: Tensor, x: Tensor) -> Tensor:
+    """The backward in place on the CPU; the column sums."""
     partials = new_partials(x, *x.shape)
     _launch_backward(da, x, dx=x, activation=da, partials=partials)
-    torch.autograd.graph.increment_version((da, x))
     return partials.sum(0)
+
+
+def _launch_triton_(da: Tensor, x: Tensor) -> Tensor:
+    """The backward in place by Triton; the column sums."""
+    from dinov2_fast.kernels import gelu as kernels
+
+    with device_of(x):
+        sums = kernels.backward(da, x, x, da, want_sums=True)
+    assert sums is not None
+    return sums
 
 
 def _forward_native_cpu(x: Tensor) -> Tensor:
@@ -103,6 +123,26 @@ def _backward_native_cpu(da: Tensor, x: Tensor) -> Tensor:
     """Native backward on the CPU into a new tensor."""
     dx = x.new_empty(x.shape)
     _launch_backward(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
+    return dx
+
+
+def _forward_triton(x: Tensor) -> Tensor:
+    """Forward by Triton."""
+    from dinov2_fast.kernels import gelu as kernels
+
+    a = x.new_empty(x.shape)
+    with device_of(x):
+        kernels.forward(x, a)
+    return a
+
+
+def _backward_triton(da: Tensor, x: Tensor) -> Tensor:
+    """Backward by Triton into a new tensor."""
+    from dinov2_fast.kernels import gelu as kernels
+
+    dx = x.new_empty(x.shape)
+    with device_of(x):
+        kernels.backward(adjacent_columns(da), x, dx, None, want_sums=False)
     return dx
 
 
@@ -151,12 +191,18 @@ def _gradient(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
 
 _backward = declare(
     "gelu_backward(Tensor da, Tensor x, str backend) -> Tensor",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     "gelu(Tensor x, str backend) -> Tensor",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _forward_triton),
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

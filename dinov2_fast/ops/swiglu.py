@@ -21,6 +21,7 @@ from dinov2_fast.ops._native_cpu import (
     refusals,
     run_cpu,
 )
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
 def swiglu_reference(x12: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
     _check(x12)
     # Kernels for float16 exist on the GPU; the table of backends knows where.
     refused = refusals({"x12": x12}, {}, floats=(*FLOATS, torch.float16))
+    refused |= triton_refusals({"x12": x12}, {})
     chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
         return swiglu_reference(x12)
@@ -85,16 +87,33 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
         raise ValueError(
             f"swiglu_backward_: dh must have the dtype of x12 {x12.dtype}, got {dh.dtype}"
         )
-    refused = refusals({"x12": x12, "dh": dh}, {})
+    matrices = {"x12": x12, "dh": dh}
+    refused = refusals(matrices, {}) | triton_refusals(matrices, {})
     if x12.device.type != "cpu":
-        refused = {"native": "its in-place backward runs on the CPU alone"}
+        refused |= {"native": "its in-place backward runs on the CPU alone"}
     chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
         return swiglu_backward_reference_(dh, x12)
+    sums = _launch_triton_(dh, x12) if chosen == "triton" else _launch_cpu_(dh, x12)
+    torch.autograd.graph.increment_version((dh, x12))
+    return sums
+
+
+def _launch_cpu_(dh: Tensor, x12: Tensor) -> Tensor:
+    """The backward in place on the CPU; the column sums."""
     partials = new_partials(x12, *x12.shape)
     _launch_backward_cpu(dh, x12, dx12=x12, h=dh, partials=partials)
-    torch.autograd.graph.increment_version((dh, x12))
     return partials.sum(0)
+
+
+def _launch_triton_(dh: Tensor, x12: Tensor) -> Tensor:
+    """The backward in place by Triton; the column sums."""
+    from dinov2_fast.kernels import swiglu as kernels
+
+    with device_of(x12):
+        sums = kernels.backward(dh, x12, x12, dh, want_sums=True)
+    assert sums is not None
+    return sums
 
 
 def _check(x12: Tensor) -> None:
@@ -188,6 +207,26 @@ def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
     return dx12
 
 
+def _forward_triton(x12: Tensor) -> Tensor:
+    """Forward by Triton."""
+    from dinov2_fast.kernels import swiglu as kernels
+
+    h = x12.new_empty(x12.shape[0], x12.shape[1] // 2)
+    with device_of(x12):
+        kernels.forward(x12, h)
+    return h
+
+
+def _backward_triton(dh: Tensor, x12: Tensor) -> Tensor:
+    """Backward by Triton into a new tensor."""
+    from dinov2_fast.kernels import swiglu as kernels
+
+    dx12 = _empty_gradient(x12)
+    with device_of(x12):
+        kernels.backward(adjacent_columns(dh), x12, dx12, None, want_sums=False)
+    return dx12
+
+
 def _empty_gradient(x12: Tensor) -> Tensor:
     """Contiguous storage for the gradient of x12, whatever the strides of x12."""
     return x12.new_empty(x12.shape)
@@ -218,6 +257,7 @@ _backward = declare(
     kernels={
         ("native", "cpu"): _backward_native_cpu,
         ("native", "cuda"): _backward_native_cuda,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
 )
@@ -226,6 +266,7 @@ _forward = declare(
     kernels={
         ("native", "cpu"): _forward_native_cpu,
         ("native", "cuda"): _forward_native_cuda,
+        **dict.fromkeys(TRITON_DEVICES, _forward_triton),
     },
     fake=_forward_fake,
     setup_context=_setup_context,
