@@ -58,7 +58,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 def _place(sequence_0, num_blocks, num_heads):
     """(sequence, block, head) of a program; heads vary fastest: they share the rows' pages."""
     program = tl.program_id(0)
-    head = program % num_heads
+    head = (program % num_heads).to(tl.int64)
     rest = program // num_heads
     return sequence_0 + rest // num_blocks, rest % num_blocks, head
 
@@ -104,7 +104,6 @@ def forward_kernel(
     first = block * BLOCK_Q
     if first < num_queries:
         k_begin, num_keys = _bounds(k_offsets_ptr, sequence)
-        head = head.to(tl.int64)
         q_ptr += q_begin * stride_qt + head * stride_qh
         k_ptr += k_begin * stride_kt + head * stride_kh
         v_ptr += k_begin * stride_vt + head * stride_vh
@@ -178,7 +177,6 @@ def backward_queries_kernel(
     first = block * BLOCK_Q
     if first < num_queries:
         k_begin, num_keys = _bounds(k_offsets_ptr, sequence)
-        head = head.to(tl.int64)
         d_out_ptr += q_begin * stride_gt + head * stride_gh
         out_ptr += q_begin * stride_ot + head * stride_oh
         q_ptr += q_begin * stride_qt + head * stride_qh
@@ -252,7 +250,6 @@ def backward_keys_kernel(
     first = block * BLOCK_K
     if first < num_keys:
         q_begin, num_queries = _bounds(q_offsets_ptr, sequence)
-        head = head.to(tl.int64)
         d_out_ptr += q_begin * stride_gt + head * stride_gh
         q_ptr += q_begin * stride_qt + head * stride_qh
         k_ptr += k_begin * stride_kt + head * stride_kh
@@ -281,3 +278,74 @@ def backward_keys_kernel(
         d_v_ptr += k_begin * stride_jt + head * stride_jh
         _store_tile(d_k_ptr, d_k * scale, stride_it, first, num_keys, BLOCK_K, D, WIDE)
         _store_tile(d_v_ptr, d_v, stride_jt, first, num_keys, BLOCK_K, D, WIDE)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def backward_short_kernel(
+    d_out_ptr,  # [Tq, H, D]
+    q_ptr,  # [Tq, H, D]
+    k_ptr,  # [T, H, D]
+    v_ptr,  # [T, H, D]
+    d_q_ptr,  # [Tq, H, D], written
+    d_k_ptr,  # [T, H, D], written
+    d_v_ptr,  # [T, H, D], written
+    q_offsets_ptr,  # [S + 1] int32
+    k_offsets_ptr,  # [S + 1] int32
+    stride_gt,  # of d_out
+    stride_gh,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dt,  # of d_q
+    stride_dh,
+    stride_it,  # of d_k
+    stride_ih,
+    stride_jt,  # of d_v
+    stride_jh,
+    scale,
+    scale_log2,
+    sequence_0,
+    num_blocks,  # 1
+    num_heads,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All gradients of a sequence of one block: the softmax is computed anew from q and k alone."""
+    sequence, block, head = _place(sequence_0, num_blocks, num_heads)
+    q_begin, num_queries = _bounds(q_offsets_ptr, sequence)
+    k_begin, num_keys = _bounds(k_offsets_ptr, sequence)
+    d_out_ptr += q_begin * stride_gt + head * stride_gh
+    q_ptr += q_begin * stride_qt + head * stride_qh
+    k_ptr += k_begin * stride_kt + head * stride_kh
+    v_ptr += k_begin * stride_vt + head * stride_vh
+    q = _load_tile(q_ptr, stride_qt, 0, num_queries, BLOCK_Q, D, WIDE)
+    k = _load_tile(k_ptr, stride_kt, 0, num_keys, BLOCK_K, D, WIDE)
+    d_out = _load_tile(d_out_ptr, stride_gt, 0, num_queries, BLOCK_Q, D, WIDE)
+    v = _load_tile(v_ptr, stride_vt, 0, num_keys, BLOCK_K, D, WIDE)
+    zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    scores = _dot(q, tl.trans(k), zeros, PRECISION) * scale_log2
+    inside = (tl.arange(0, BLOCK_K) < num_keys)[None, :]
+    scores = tl.where(inside, scores, -1e30)  # finite: without any key, too, no NaN comes up
+    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    d_p = _dot(d_out, tl.trans(v), zeros, PRECISION)
+    delta = tl.sum(p * d_p, 1)
+    d_scores = (p * (d_p - delta[:, None])).to(k.dtype)
+    rows = tl.zeros([BLOCK_Q, WIDE], tl.float32)
+    d_q = _dot(d_scores, k, rows, PRECISION)
+    d_q_ptr += q_begin * stride_dt + head * stride_dh
+    _store_tile(d_q_ptr, d_q * scale, stride_dt, 0, num_queries, BLOCK_Q, D, WIDE)
+    rows = tl.zeros([BLOCK_K, WIDE], tl.float32)
+    # Masked queries have even weights and meet the zeros of d_out.
+    d_v = _dot(tl.trans(p.to(d_out.dtype)), d_out, rows, PRECISION)
+    d_v_ptr += k_begin * stride_jt + head * stride_jh
+    _store_tile(d_v_ptr, d_v, stride_jt, 0, num_keys, BLOCK_K, D, WIDE)
+    d_k = _dot(tl.trans(d_scores), q, rows, PRECISION)
+    d_k_ptr += k_begin * stride_it + head * stride_ih
+    _store_tile(d_k_ptr, d_k * scale, stride_it, 0, num_keys, BLOCK_K, D, WIDE)

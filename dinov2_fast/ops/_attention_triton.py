@@ -114,6 +114,17 @@ def backward(
     with torch.cuda.device_of(q):
         for run in _runs(launches):
             tile = _tile(q, run.max_queries, run.max_keys, backward=True)
+            if run.max_queries <= tile["BLOCK_Q"] and run.max_keys <= tile["BLOCK_K"]:
+                _launch(
+                    kernels.backward_short_kernel,
+                    run,
+                    1,
+                    (d_out, q, k, v, d_q, d_k, d_v, q_offsets, k_offsets),
+                    (d_out, q, k, v, d_q, d_k, d_v),
+                    (scale, scale * _LOG2_E),
+                    tile,
+                )
+                continue
             _launch(
                 kernels.backward_queries_kernel,
                 run,
