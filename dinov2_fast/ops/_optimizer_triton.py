@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,16 @@ class _Table:
     aligned: bool
 
 
+def _kernels() -> Any:
+    """The module of kernels; typed loosely, as Triton's launches are."""
+    from dinov2_fast.kernels import optimizer
+
+    return optimizer
+
+
 def norm(gradients: Sequence[Tensor]) -> Tensor:
     """0-d float32 norm of all gradients; chunks' sums are added in float64."""
-    from dinov2_fast.kernels import optimizer as kernels
+    kernels = _kernels()
 
     table = _table([gradients], chunk=kernels.CHUNK)
     sums = torch.empty(table.num_programs, device=gradients[0].device)
@@ -65,7 +73,7 @@ def step(
     skip: Tensor | None,
 ) -> None:
     """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
-    from dinov2_fast.kernels import optimizer as kernels
+    kernels = _kernels()
 
     teachers = parameters if ema_parameters is None else ema_parameters
     # Autograd does not see writes through pointers, and must refuse what saved the old values.

@@ -29,7 +29,7 @@ def triton_refusals(
 
 def for_triton(refused: Mapping[str, str]) -> dict[str, str]:
     """The reasons that `refusals` gives for native kernels, said of Triton."""
-    return dict.fromkeys(["triton"][: len(refused)], next(iter(refused.values()), ""))
+    return {"triton": next(iter(refused.values()))} if refused else {}
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
