@@ -24,8 +24,8 @@ BACKENDS = ("reference", "native", "triton")
 _REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
-# Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured on
-# a GPU yet: DINOV2_FAST_PREFER=triton or an explicit backend takes them.
+# Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
+# on a GPU yet: DINOV2_FAST_PREFER=triton or an explicit backend takes them.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
