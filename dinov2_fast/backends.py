@@ -29,8 +29,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "gelu": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
-    "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "koleo": _REFERENCE_ONLY,
     "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference",)},
 }
@@ -47,7 +47,9 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("swiglu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("gelu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("sinkhorn", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
+    ("cross_entropy", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("optimizer", "native", "cpu"): (torch.float32,),
 }

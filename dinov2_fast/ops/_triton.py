@@ -29,7 +29,8 @@ def triton_refusals(
 
 def for_triton(refused: Mapping[str, str]) -> dict[str, str]:
     """The reasons that `refusals` gives for native kernels, said of Triton."""
-    return {"triton": why for why in refused.values()}
+    reasons = list(refused.values())
+    return {"triton": reasons[0]} if reasons else {}
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
