@@ -43,7 +43,8 @@ def _targets(
         teacher_ptrs = teacher_ptr + teacher_row * stride_tr + k
         teacher = tl.load(teacher_ptrs, mask=inside & present, other=0.0).to(tl.float32)
         log_v = tl.load(log_v_ptr + teacher_row, mask=present, other=0.0)
-        scores = _times(teacher, inverse, inverse_rest) + log_u + log_v
+        # The two large terms first: their sum is small, and what is added to it rounds little.
+        scores = (teacher * inverse + log_v) + (teacher * inverse_rest + log_u)
         targets += tl.where(inside & present, tl.exp(scores), 0.0)
     return targets
 
