@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import CPU_ROW, gradient_of, measure, skip_unless_available
+from benchmarks.shapes import SCORES
 from dinov2_fast.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from dinov2_fast.ops.cross_entropy_prototypes import prototype_cross_entropy
 
-# (student rows S, prototypes K): CLS rows and masked patches of a few images, and the prototypes
-# of the published recipes and of small runs.
-SHAPES = [(394, 65536), (394, 8192)]
 TEACHER_ROWS = 64
 BOTTLENECK = 256
 TEMPERATURES: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.05}
@@ -39,7 +37,7 @@ def targets(prototypes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SCORES)
 @pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_cross_entropy(
     benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
@@ -76,7 +74,7 @@ def test_cross_entropy(
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SCORES)
 @pytest.mark.parametrize("backend", ["reference", "native", "native, scores stored"])
 def test_prototype_cross_entropy(
     benchmark: Any, backend: str, shape: tuple[int, int], teachers: int

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from benchmarks.harness import CPU_ROW, measure, skip_unless_available
+from benchmarks.shapes import SCORES
 from dinov2_fast.ops.sinkhorn import sinkhorn, sinkhorn_reference
 
-# (teacher rows R, prototypes K): masked patches of a few images, and the prototypes of the
-# published recipes and of small runs.
-SHAPES = [(394, 65536), (394, 8192)]
 ITERATIONS = 3
 
 pytestmark = CPU_ROW
@@ -21,7 +19,7 @@ pytestmark = CPU_ROW
 
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SCORES)
 @pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_sinkhorn(benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype):
     skip_unless_available("sinkhorn", backend.removeprefix("compiled "), "cpu")

@@ -24,7 +24,7 @@ _REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "attention": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "layer_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
@@ -32,7 +32,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "koleo": _REFERENCE_ONLY,
-    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "optimizer": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
 }
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
@@ -42,6 +42,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("layer_norm", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("attention", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("swiglu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
@@ -52,6 +53,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("cross_entropy", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("optimizer", "native", "cpu"): (torch.float32,),
+    ("optimizer", "triton", "cuda"): (torch.float32,),
 }
 
 _logger = logging.getLogger("dinov2_fast")

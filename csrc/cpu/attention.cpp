@@ -43,14 +43,14 @@ struct Sizes {
   int64_t key_columns, key_rows, block_rows; // padded
 };
 
-Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim) {
-  const int64_t columns = padded(keys);
+Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
+  const int64_t columns = padded(keys, lanes);
   const int64_t rows =
       std::min(std::max<int64_t>(kScoresPerBlock / std::max<int64_t>(columns, 1), 1),
                std::max<int64_t>(queries, 1));
   return {queries,
           keys,
-          round_up(head_dim, kLanes),
+          round_up(head_dim, lanes),
           columns,
           round_up(keys, kTileRows),
           round_up(rows, kTileRows)};
@@ -79,7 +79,7 @@ template <typename T>
 }
 
 // The same rows across: [D, columns], zeros beyond count.
-template <typename T>
+template <typename T, int kLanes>
 [[gnu::always_inline]] inline void unpack_across(const Heads& from, int64_t head, int64_t first,
                                                  int64_t count, int64_t head_dim, int64_t columns,
                                                  float* to) {
@@ -116,6 +116,7 @@ template <typename T>
 
 // Scores of one query to exp(score * scale - largest), in place, zeros beyond the keys.
 // Returns the sum; largest is that of the scaled scores.
+template <int kLanes>
 [[gnu::always_inline]] inline float exponentials(float* scores, int64_t keys, int64_t columns,
                                                  float scale, float& largest) {
   float best[kLanes], sums[kLanes];
@@ -150,31 +151,31 @@ template <typename T>
   return sum;
 }
 
-template <typename T> struct ForwardTask {
+template <typename T, typename Isa> struct ForwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t) {
     const int64_t sequence = task / p.heads, head = task % p.heads;
     const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
     const Sizes s = sizes_of(p.query_offsets[sequence + 1] - first_query,
-                             p.key_offsets[sequence + 1] - first_key, p.head_dim);
+                             p.key_offsets[sequence + 1] - first_key, p.head_dim, Isa::kLanes);
     float* keys = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values = keys + s.width * s.key_columns;         // [key_rows, width]
     float* queries = values + s.key_rows * s.width;         // [block_rows, width]
     float* outputs = queries + s.block_rows * s.width;
     float* scores = outputs + s.block_rows * s.width; // [block_rows, key_columns]
-    unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
+    unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
     unpack<T>(p.v, head, first_key, s.keys, p.head_dim, s.key_rows, s.width, values);
     for (int64_t begin = 0; begin < s.queries; begin += s.block_rows) {
       const int64_t count = std::min(s.block_rows, s.queries - begin);
       const int64_t rows = round_up(count, kTileRows);
       unpack<T>(p.q, head, first_query + begin, count, p.head_dim, rows, s.width, queries);
-      multiply({queries, s.width, 1}, {keys, 0, s.key_columns}, scores, s.key_columns, rows,
-               s.key_columns, p.head_dim, false);
+      multiply<Isa>({queries, s.width, 1}, {keys, 0, s.key_columns}, scores, s.key_columns, rows,
+                    s.key_columns, p.head_dim, false);
       float* lse = p.lse + head * p.num_queries + first_query + begin;
       for (int64_t row = 0; row < count; ++row) {
         float largest;
         float* line = scores + row * s.key_columns;
-        const float sum = exponentials(line, s.keys, s.key_columns, p.scale, largest);
+        const float sum = exponentials<Isa::kLanes>(line, s.keys, s.key_columns, p.scale, largest);
         lse[row] = largest + std::log(sum);
         const float inverse = s.keys == 0 ? 0.0f : 1.0f / sum;
         // Normalised before the product: a value times a weight of at most 1 cannot overflow.
@@ -182,14 +183,15 @@ template <typename T> struct ForwardTask {
         for (int64_t j = 0; j < s.key_columns; ++j)
           line[j] *= inverse;
       }
-      multiply({scores, s.key_columns, 1}, {values, 0, s.width}, outputs, s.width, rows, s.width,
-               s.keys, false);
+      multiply<Isa>({scores, s.key_columns, 1}, {values, 0, s.width}, outputs, s.width, rows,
+                    s.width, s.keys, false);
       pack<T>(outputs, s.width, p.out, head, first_query + begin, count, p.head_dim);
     }
   }
 };
 
 // Scores to weights exp(score * scale - lse), and d_weights to d_scores, in place.
+template <int kLanes>
 [[gnu::always_inline]] inline void score_gradients(float* __restrict scores,
                                                    float* __restrict gradients, int64_t keys,
                                                    int64_t columns, float scale, float lse) {
@@ -212,13 +214,13 @@ template <typename T> struct ForwardTask {
     gradients[j] = scores[j] * (gradients[j] - mean) * scale;
 }
 
-template <typename T> struct BackwardTask {
+template <typename T, typename Isa> struct BackwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t) {
     const int64_t sequence = task / p.heads, head = task % p.heads;
     const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
     const Sizes s = sizes_of(p.query_offsets[sequence + 1] - first_query,
-                             p.key_offsets[sequence + 1] - first_key, p.head_dim);
+                             p.key_offsets[sequence + 1] - first_key, p.head_dim, Isa::kLanes);
     float* keys_across = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values_across = keys_across + s.width * s.key_columns;
     float* keys = values_across + s.width * s.key_columns; // [key_rows, width]
@@ -229,8 +231,10 @@ template <typename T> struct BackwardTask {
     float* d_queries = d_outputs + s.block_rows * s.width;
     float* scores = d_queries + s.block_rows * s.width; // [block_rows, key_columns]
     float* d_scores = scores + s.block_rows * s.key_columns;
-    unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys_across);
-    unpack_across<T>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns, values_across);
+    unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns,
+                                  keys_across);
+    unpack_across<T, Isa::kLanes>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns,
+                                  values_across);
     unpack<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_rows, s.width, keys);
     for (int64_t i = 0; i < 2 * s.key_rows * s.width; ++i)
       d_keys[i] = 0.0f; // and d_values
@@ -239,21 +243,21 @@ template <typename T> struct BackwardTask {
       const int64_t rows = round_up(count, kTileRows), first = first_query + begin;
       unpack<T>(p.q, head, first, count, p.head_dim, rows, s.width, queries);
       unpack<T>(p.out, head, first, count, p.head_dim, rows, s.width, d_outputs);
-      multiply({queries, s.width, 1}, {keys_across, 0, s.key_columns}, scores, s.key_columns, rows,
-               s.key_columns, p.head_dim, false);
-      multiply({d_outputs, s.width, 1}, {values_across, 0, s.key_columns}, d_scores, s.key_columns,
-               rows, s.key_columns, p.head_dim, false);
+      multiply<Isa>({queries, s.width, 1}, {keys_across, 0, s.key_columns}, scores, s.key_columns,
+                    rows, s.key_columns, p.head_dim, false);
+      multiply<Isa>({d_outputs, s.width, 1}, {values_across, 0, s.key_columns}, d_scores,
+                    s.key_columns, rows, s.key_columns, p.head_dim, false);
       const float* lse = p.lse + head * p.num_queries + first;
       for (int64_t row = 0; row < count; ++row)
-        score_gradients(scores + row * s.key_columns, d_scores + row * s.key_columns, s.keys,
-                        s.key_columns, p.scale, lse[row]);
-      multiply({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows, s.width,
-               s.keys, false);
+        score_gradients<Isa::kLanes>(scores + row * s.key_columns, d_scores + row * s.key_columns,
+                                     s.keys, s.key_columns, p.scale, lse[row]);
+      multiply<Isa>({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows,
+                    s.width, s.keys, false);
       pack<T>(d_queries, s.width, p.d_q, head, first, count, p.head_dim);
-      multiply({d_scores, 1, s.key_columns}, {queries, 0, s.width}, d_keys, s.width, s.key_rows,
-               s.width, count, true);
-      multiply({scores, 1, s.key_columns}, {d_outputs, 0, s.width}, d_values, s.width, s.key_rows,
-               s.width, count, true);
+      multiply<Isa>({d_scores, 1, s.key_columns}, {queries, 0, s.width}, d_keys, s.width,
+                    s.key_rows, s.width, count, true);
+      multiply<Isa>({scores, 1, s.key_columns}, {d_outputs, 0, s.width}, d_values, s.width,
+                    s.key_rows, s.width, count, true);
     }
     pack<T>(d_keys, s.width, p.d_k, head, first_key, s.keys, p.head_dim);
     pack<T>(d_values, s.width, p.d_v, head, first_key, s.keys, p.head_dim);
@@ -265,12 +269,21 @@ struct Work {
   std::string dtype, level;
 };
 
-template <template <typename> class Task>
+// The task with tiles that fit each instruction set's registers.
+template <template <typename, typename> class Task, typename T> auto task_at(Level level) {
+  if (level == Level::avx512)
+    return at_level<Task<T, Avx512>, Problem>(level);
+  if (level == Level::avx2)
+    return at_level<Task<T, Avx2>, Problem>(level);
+  return at_level<Task<T, Baseline>, Problem>(level);
+}
+
+template <template <typename, typename> class Task>
 void launch(const char* op, const Problem& p, const Work& work) {
   const Level level = choose_level(op, work.level);
   with_float_type(op, "q", work.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto* body = at_level<Task<T>, Problem>(level);
+    auto* body = task_at<Task, T>(level);
     parallel_tasks(work.sequences * p.heads, work.threads,
                    [&](int64_t task, int64_t thread) { body(p, task, thread, 0); });
   });
@@ -282,17 +295,20 @@ Heads heads_of(const py::kwargs& a, const char* name) {
           view[2].cast<int64_t>()};
 }
 
+// Padding is widest here; others need less.
+constexpr int kMostLanes = Avx512::kLanes;
+
 // Enough for every sequence of at most these lengths: a shorter one has larger blocks of queries,
 // but never more than kScoresPerBlock scores and a tile.
 int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, bool backward) {
-  const Sizes s = sizes_of(max_queries, max_keys, head_dim);
+  const Sizes s = sizes_of(max_queries, max_keys, head_dim, kMostLanes);
   const int64_t rows = round_up(std::max<int64_t>(max_queries, 1), kTileRows);
   const int64_t scores =
       std::min(rows * s.key_columns, kScoresPerBlock + kTileRows * s.key_columns);
   const int64_t across = s.width * s.key_columns, along = s.key_rows * s.width;
   const int64_t floats = backward ? 2 * across + 3 * along + 3 * rows * s.width + 2 * scores
                                   : across + along + 2 * rows * s.width + scores;
-  return round_up(floats, kLanes);
+  return round_up(floats, kMostLanes);
 }
 
 // What both directions take.
@@ -312,7 +328,7 @@ Problem problem_of(const py::kwargs& a) {
 }
 
 // Reads how to run, checks, lets go of the GIL and runs.
-template <template <typename> class Task>
+template <template <typename, typename> class Task>
 void start(const char* op, const Problem& p, const py::kwargs& a) {
   const Work work{keyword<int64_t>(a, "sequences"), keyword<int64_t>(a, "threads"),
                   keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level")};

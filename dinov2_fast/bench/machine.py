@@ -38,8 +38,13 @@ def hardware(device: str) -> dict[str, str]:
 
 
 @functools.cache
-def copy_bandwidth_gb_s(device: str) -> float:
-    """Bytes read plus bytes written per second by a large copy: the roof of memory-bound ops."""
+def copy_bandwidth_gb_s(device: str, threads: int) -> float:
+    """Bytes read plus bytes written per second by a large copy: the roof of memory-bound ops.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: torch's CPU threads, already set; only part of the key.
+    """
     source = torch.ones(_LARGE_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _LARGE_BYTES / _median_seconds(lambda: target.copy_(source), device) / 1e9

@@ -123,7 +123,7 @@ def _limits(setting: StepSetting, seconds: dict[str, float]) -> dict[str, Any]:
             for name, dtype in DTYPES.items()
             if name in ("fp32", setting.dtype)
         }
-        bandwidth = copy_bandwidth_gb_s(setting.device)
+        bandwidth = copy_bandwidth_gb_s(setting.device, setting.threads)
     finally:
         torch.set_num_threads(threads)
     flops = {"reference": eager_flops(setting), "fast": fast_flops(setting)}

@@ -10,9 +10,15 @@ from dinov2_fast.ops._native_cpu import Argument, dtype_name, run_cpu
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    launches: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32."""
+    """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32, launches unused."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     common = _arguments(q, k, v, lse, q_offsets, k_offsets, scale, backward=False)
@@ -25,16 +31,18 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
+    launches: list[int],
     scale: float,
     *,
     d_q: Tensor,
     d_k: Tensor,
     d_v: Tensor,
 ) -> None:
-    """Write the gradients of queries, keys and values."""
+    """Write the gradients of queries, keys and values; out and launches are unused."""
     common = _arguments(q, k, v, lse, q_offsets, k_offsets, scale, backward=True)
     gradients = {"d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
     views = {name: _view(tensor) for name, tensor in gradients.items()}

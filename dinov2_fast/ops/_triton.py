@@ -29,8 +29,7 @@ def triton_refusals(
 
 def for_triton(refused: Mapping[str, str]) -> dict[str, str]:
     """The reasons that `refusals` gives for native kernels, said of Triton."""
-    reasons = list(refused.values())
-    return {"triton": reasons[0]} if reasons else {}
+    return {"triton": next(iter(refused.values()))} if refused else {}
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:

@@ -97,6 +97,36 @@ def sinkhorn(
     return log_u, log_v
 
 
+@torch.no_grad()
+def row_logsumexp(
+    logits: Tensor, log_u: Tensor, *, temperature: float, backend: str | None = None
+) -> Tensor:
+    """Logarithm of each row's sum of exp(logits / temperature + log_u): half a Sinkhorn round.
+
+    Args:
+        logits: [R, K] scores.
+        log_u: [K] float32 (float64 for float64 logits), one term per column.
+        temperature: divides the logits.
+        backend: see `backends.choose_backend`.
+    Returns:
+        [R] in the dtype of log_u, without gradient.
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: wrong shape, or temperature <= 0.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    check_tensor("row_logsumexp", "logits", logits, "R", "K")
+    check_tensor("row_logsumexp", "log_u", log_u, logits.shape[1])
+    check_positive("row_logsumexp", temperature=temperature)
+    refused = refusals({"logits": logits}, {}, floats=(*FLOATS, torch.float16))
+    if log_u.dtype != torch.float32:
+        refused = {"native": f"log_u must be float32, got {log_u.dtype}"}
+    chosen = choose_backend("sinkhorn", logits, backend, refusals=refused)
+    if chosen == "reference":
+        return torch.logsumexp(logits.to(log_u.dtype) / temperature + log_u, dim=1)
+    return _rows(logits, log_u, 1 / temperature, chosen)
+
+
 def _log_column_sums_(scores: Tensor, group: ProcessGroup | None) -> Tensor:
     """Logarithm of each column's sum of exp(scores) over all processes: [K]; overwrites scores.
 

@@ -14,12 +14,6 @@ from tests.tolerance import assert_within_error_budget
 OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
 
 
-@pytest.fixture
-def on_native() -> None:
-    if native.why_not():
-        pytest.skip(f"layer_norm: native: {native.why_not()}")
-
-
 def make_inputs(
     rows: int,
     channels: int,

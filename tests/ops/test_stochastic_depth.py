@@ -28,12 +28,6 @@ GROUP_LISTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size
 OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
 
 
-@pytest.fixture
-def on_native() -> None:
-    if native.why_not():
-        pytest.skip(f"stochastic_depth: native: {native.why_not()}")
-
-
 def draw(pack: Pack, drop_ratio: float = 0.4, seed: int = 0) -> KeptRows:
     kept = draw_kept_rows(pack, drop_ratio, torch.Generator().manual_seed(seed))
     assert kept is not None

@@ -1,0 +1,63 @@
+"""Kernels of ours: right ones run in any order, planted faults and deletions are reported."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tools import simt
+from tools.simt.proofs.deletions import delete_each
+from tools.simt.proofs.own_programs import OWN, Program
+from tools.simt.proofs.planted import PLANTED, Planted
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def named(programs):
+    return [pytest.param(program, id=program.name.replace(" ", "-")) for program in programs]
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", 1, 2])
+@pytest.mark.parametrize("program", named(OWN))
+def test_right_kernels_run_in_any_order(program: Program, schedule: str | int):
+    error, _ = program.run(program.ptx(), schedule=schedule)
+    assert error <= program.tolerance
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", 1])
+@pytest.mark.parametrize("planted", named(PLANTED))
+def test_planted_faults_are_reported(planted: Planted, schedule: str | int):
+    fault = planted.report(schedule=schedule)
+    assert fault is not None
+    assert fault.kind in planted.kinds
+    assert fault.kind == "deadlock" or (fault.line and fault.source)
+
+
+def test_a_report_names_the_place_the_lane_and_the_byte():
+    planted = next(p for p in PLANTED if p.name == "read past the end")
+    text = str(planted.report())
+    assert "first at 3600 bytes into 'softmax_kernel_param_0' of 3600 bytes" in text
+    assert "softmax.cu:" in text
+    assert "PTX line" in text
+    assert "CTA (2, 0, 0), warp 1, lane 12 (thread 44)" in text
+
+
+def test_missing_barriers_that_change_no_result_are_reported():
+    # What a test that only looks at results would miss.
+    quiet = {
+        "missing __syncthreads before a read",
+        "missing __syncthreads before a write",
+        "missing __syncthreads before the next cp.async",
+    }
+    for planted in [p for p in PLANTED if p.name in quiet]:
+        ptx = planted.edit(planted.program.ptx())
+        error, _ = planted.program.run(ptx, checks=simt.Checks.none())
+        assert error <= planted.program.tolerance, planted.name
+
+
+@pytest.mark.parametrize("program", named(OWN))
+def test_every_deleted_synchronisation_is_reported(program: Program):
+    outcomes = delete_each(program)
+    assert outcomes
+    assert not [o.inst for o in outcomes if not o.reported]
