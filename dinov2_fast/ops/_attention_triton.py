@@ -177,7 +177,7 @@ def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, A
     if interpreted:
         pass  # few large products are the fastest there
     elif q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
-        blocks, num_warps = (16, 16), 4
+        blocks, num_warps = ((16, 16), 4) if wide > 64 else ((32, 32), 8)
     elif max_queries > 512 and not backward:
         blocks, num_warps = (128, 64), 8
     return {
