@@ -38,7 +38,7 @@ def targets(prototypes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SCORES)
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_cross_entropy(
     benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
 ):

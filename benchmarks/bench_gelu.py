@@ -24,7 +24,7 @@ def contender(name: str) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), HIDDEN)
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_gelu(
     benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
 ):

@@ -20,7 +20,7 @@ pytestmark = CPU_ROW
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SCORES)
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_sinkhorn(benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype):
     skip_unless_available("sinkhorn", backend.removeprefix("compiled "), "cpu")
     logits = (0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)

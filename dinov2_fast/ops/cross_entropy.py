@@ -22,6 +22,7 @@ from dinov2_fast.ops._checks import (
 )
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native_cpu import FLOATS, Argument, dtype_name, refusals, run_cpu
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, for_triton
 
 # The work goes block by block of rows: temporaries of the size of the logits would triple their
 # memory. On the CPU a block (1 MiB in float32) stays in the cache; elsewhere it hides the launches.
@@ -98,7 +99,7 @@ def cross_entropy(
         op, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     teacher_logits, log_u, log_v = teacher_logits.detach(), log_u.detach(), log_v.detach()
-    refused = why_not_native(teacher_logits, log_u, log_v, student_logits=student_logits)
+    refused = why_no_kernel(teacher_logits, log_u, log_v, student_logits=student_logits)
     chosen = choose_backend(op, student_logits, backend, refusals=refused)
     if chosen != "reference":
         rows = teacher_rows.contiguous().unsqueeze(1)
@@ -181,7 +182,7 @@ def _targets(
     return targets.add_(log_u).add_(log_v.index_select(0, rows).unsqueeze(1)).exp_()
 
 
-def why_not_native(
+def why_no_kernel(
     teacher: Tensor, log_u: Tensor, log_v: Tensor, **matrices: Tensor
 ) -> dict[str, str]:
     """Refusals for `choose_backend`: what the kernels do not take besides their main input.
@@ -192,13 +193,14 @@ def why_not_native(
         log_v: [R] of the targets.
         matrices: name -> other logits whose columns must be adjacent.
     Returns:
-        Empty, or "native" -> why not.
+        Empty, or "native" and "triton" -> why not.
     """
     if not log_u.dtype == log_v.dtype == torch.float32:
         why = f"log_u and log_v must be float32, got {dtype_name(log_u)} and {dtype_name(log_v)}"
-        return {"native": why}
+        return {"native": why, "triton": why}
     logits = {"teacher_logits": teacher, **matrices}
-    return refusals(logits, {}, floats=(*FLOATS, torch.float16))
+    refused = refusals(logits, {}, floats=(*FLOATS, torch.float16))
+    return refused | for_triton(refused)
 
 
 def kernel_arguments(
@@ -260,6 +262,32 @@ def _backward_native_cpu(
     return grad
 
 
+def forward_triton(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_forward_native_cpu`, by Triton."""
+    from dinov2_fast.kernels import cross_entropy as kernels
+
+    outputs = _forward_fake(student, *arguments)
+    with device_of(student):
+        kernels.forward(*[student, *arguments, *outputs])
+    return outputs
+
+
+def _backward_triton(grad_loss: Tensor, *arguments: Any) -> Tensor:
+    """Gradient of the student's logits by Triton."""
+    student = arguments[2]
+    grad = student.new_empty(student.shape)
+    backward_triton_(grad, grad_loss.contiguous(), *arguments)
+    return grad
+
+
+def backward_triton_(grad: Tensor, grad_loss: Tensor, *arguments: Any) -> None:
+    """Write the gradient of the student's logits; `grad` may be those logits."""
+    from dinov2_fast.kernels import cross_entropy as kernels
+
+    with device_of(grad):
+        kernels.backward(*[grad_loss, *arguments, grad])
+
+
 def _forward_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss = student.new_empty(student.shape[0], dtype=torch.float32)
     return loss, torch.empty_like(loss, dtype=torch.float64), torch.empty_like(loss)
@@ -290,12 +318,18 @@ _INPUTS = (
 _backward = declare(
     f"cross_entropy_backward(Tensor grad_loss, Tensor normalizer, Tensor target_sum, {_INPUTS})"
     " -> Tensor",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     f"cross_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, forward_triton),
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

@@ -25,9 +25,11 @@ from dinov2_fast.ops._checks import (
 )
 from dinov2_fast.ops._native_cpu import run_cpu
 from dinov2_fast.ops.cross_entropy import (
+    backward_triton_,
     cross_entropy_reference,
+    forward_triton,
     kernel_arguments,
-    why_not_native,
+    why_no_kernel,
 )
 
 _CHUNK_ELEMENTS = 2**23  # 32 MiB of float32: a chunk's scores come back from the cache, or nearly
@@ -115,9 +117,10 @@ def prototype_cross_entropy(
         chunk_rows = max(_CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
-    refused = why_not_native(teacher_logits, log_u, log_v)
+    refused = why_no_kernel(teacher_logits, log_u, log_v)
     if torch.float64 in (weight.dtype, row_weights.dtype):
-        refused = {"native": "weight and row_weights must not be float64"}
+        why = "weight and row_weights must not be float64"
+        refused = {"native": why, "triton": why}
     chosen = choose_backend("cross_entropy", features, backend, refusals=refused)
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     with torch.autocast(features.device.type, enabled=False):
@@ -126,7 +129,7 @@ def prototype_cross_entropy(
             (student_temperature, teacher_temperature),
             chunk_rows,
             wants_gradient,
-            _losses_and_gradient_native_ if chosen == "native" else _losses_and_gradient_,
+            _LOSSES_AND_GRADIENT[chosen],
         )
     return total, losses  # pyright: ignore[reportUnknownVariableType]
 
@@ -280,3 +283,29 @@ def _losses_and_gradient_native_(
         slots=slots,
     )
     return losses
+
+
+def _losses_and_gradient_triton_(
+    logits: Tensor,
+    teacher: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    teacher_rows: Tensor,
+    row_weights: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """As `_losses_and_gradient_`, by the Triton kernels of forward and backward."""
+    vectors = log_u.contiguous(), log_v.contiguous(), teacher_rows.contiguous()
+    temperatures = float(student_temperature), float(teacher_temperature)
+    arguments = (logits, teacher, *vectors, *temperatures)
+    losses, *statistics = forward_triton(*arguments)
+    backward_triton_(logits, row_weights.contiguous(), *statistics, *arguments)
+    return losses
+
+
+_LOSSES_AND_GRADIENT = {
+    "reference": _losses_and_gradient_,
+    "native": _losses_and_gradient_native_,
+    "triton": _losses_and_gradient_triton_,
+}

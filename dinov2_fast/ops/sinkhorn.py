@@ -16,6 +16,7 @@ from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native_cpu import FLOATS, dtype_name, refusals, run_cpu
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -81,6 +82,7 @@ def sinkhorn(
     if num_iterations < 1:
         raise ValueError(f"sinkhorn: num_iterations must be at least 1, got {num_iterations}")
     refused = refusals({"logits": logits}, {}, floats=(*FLOATS, torch.float16))
+    refused |= triton_refusals({"logits": logits}, {})
     chosen = choose_backend("sinkhorn", logits, backend, refusals=refused)
     if chosen == "reference":
         return sinkhorn_reference(
@@ -187,6 +189,26 @@ def _rows_native_cpu(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
     return lse
 
 
+def _columns_triton(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `_columns_native_cpu`, by Triton."""
+    from dinov2_fast.kernels import sinkhorn as kernels
+
+    largest, sums = _columns_fake(logits, log_v, scale)
+    with device_of(logits):
+        kernels.columns(logits, log_v, scale, largest, sums)
+    return largest, sums
+
+
+def _rows_triton(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
+    """As `_rows_native_cpu`, by Triton."""
+    from dinov2_fast.kernels import sinkhorn as kernels
+
+    lse = _rows_fake(logits, log_u, scale)
+    with device_of(logits):
+        kernels.rows(logits, log_u, scale, lse)
+    return lse
+
+
 def _columns_fake(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     largest = log_v.new_empty(logits.shape[1])
     return largest, torch.empty_like(largest)
@@ -198,11 +220,17 @@ def _rows_fake(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
 
 _columns = declare(
     "sinkhorn_columns(Tensor logits, Tensor log_v, float scale, str backend) -> (Tensor, Tensor)",
-    kernels={("native", "cpu"): _columns_native_cpu},
+    kernels={
+        ("native", "cpu"): _columns_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _columns_triton),
+    },
     fake=_columns_fake,
 )
 _rows = declare(
     "sinkhorn_rows(Tensor logits, Tensor log_u, float scale, str backend) -> Tensor",
-    kernels={("native", "cpu"): _rows_native_cpu},
+    kernels={
+        ("native", "cpu"): _rows_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _rows_triton),
+    },
     fake=_rows_fake,
 )
