@@ -68,8 +68,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32."""
-    from dinov2_fast.kernels import attention as kernels
-
+    kernels = _kernels()
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -105,8 +104,7 @@ def backward(
     d_v: Tensor,
 ) -> None:
     """Write the gradients of queries, keys and values; without out, it is computed once more."""
-    from dinov2_fast.kernels import attention as kernels
-
+    kernels = _kernels()
     if out is None:
         out, _ = forward(q, k, v, q_offsets, k_offsets, launches, scale)
     delta = torch.empty_like(lse)
@@ -143,6 +141,13 @@ def backward(
                 (*sums, scale, scale * _LOG2_E),
                 tile,
             )
+
+
+def _kernels() -> Any:
+    """The file of the kernels, whose types pyright cannot know."""
+    from dinov2_fast.kernels import attention
+
+    return attention
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[Launch]:
