@@ -27,6 +27,13 @@ BACKEND = Variable(
     "backend of every op that is not given one; auto takes the preference table",
     "ops",
 )
+PREFER = Variable(
+    "DINOV2_FAST_PREFER",
+    "auto",
+    ("auto", "reference", "native", "triton"),
+    "backend that automatic choice tries first, for the ops that have it",
+    "ops",
+)
 DISABLE_KERNELS = Variable(
     "DINOV2_FAST_DISABLE_KERNELS",
     "",
@@ -62,7 +69,7 @@ CUDA_ARCHS = Variable(
     "compute capabilities the extension is built for, as in 80;90a",
     "build",
 )
-VARIABLES = (BACKEND, DISABLE_KERNELS, CPU_LEVEL, BLOCK, BUILD, CUDA_ARCHS)
+VARIABLES = (BACKEND, PREFER, DISABLE_KERNELS, CPU_LEVEL, BLOCK, BUILD, CUDA_ARCHS)
 
 
 def value(variable: Variable) -> str:
@@ -83,6 +90,12 @@ def value(variable: Variable) -> str:
 def backend() -> str | None:
     """Backend that the environment asks for; None leaves the choice to the preference table."""
     text = value(BACKEND)
+    return None if text == "auto" else text
+
+
+def preferred_backend() -> str | None:
+    """Backend that automatic choice tries first; None leaves the order of the table."""
+    text = value(PREFER)
     return None if text == "auto" else text
 
 

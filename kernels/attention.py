@@ -317,7 +317,7 @@ def backward_short_kernel(
     PRECISION: tl.constexpr,
 ):
     """All gradients of a sequence of one block: the softmax is computed anew from q and k alone."""
-    sequence, block, head = _place(sequence_0, num_blocks, num_heads)
+    sequence, _, head = _place(sequence_0, num_blocks, num_heads)
     q_begin, num_queries = _bounds(q_offsets_ptr, sequence)
     k_begin, num_keys = _bounds(k_offsets_ptr, sequence)
     d_out_ptr += q_begin * stride_gt + head * stride_gh

@@ -74,7 +74,7 @@ def forward(
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(q):
         for run in _runs(launches):
-            tile = _tile(q, run.max_queries, run.max_keys)
+            tile = _tile(q, run.max_queries)
             num_blocks = -(-run.max_queries // tile["BLOCK_Q"])
             _launch(
                 kernels.forward_kernel,
@@ -113,7 +113,7 @@ def backward(
     sums = (lse.stride(0), delta.stride(0))
     with torch.cuda.device_of(q):
         for run in _runs(launches):
-            tile = _tile(q, run.max_queries, run.max_keys, backward=True)
+            tile = _tile(q, run.max_queries, backward=True)
             if run.max_queries <= tile["BLOCK_Q"] and run.max_keys <= tile["BLOCK_K"]:
                 _launch(
                     kernels.backward_short_kernel,
@@ -168,25 +168,24 @@ def _launch(
     kernel[(num_programs,)](*pointers, *strides, *numbers, run.first, num_blocks, heads, **tile)
 
 
-def _tile(q: Tensor, max_queries: int, max_keys: int, *, backward: bool = False) -> dict[str, Any]:
+def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, Any]:
     """Sizes of a program; none of them was tuned on a GPU yet."""
     head_dim = q.shape[2]
     wide = max(16, 1 << (head_dim - 1).bit_length())
-    tile: dict[str, Any] = {"D": head_dim, "WIDE": wide}
-    if q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
-        return tile | {
-            "BLOCK_Q": 32,
-            "BLOCK_K": 32,
-            "PRECISION": "ieee",
-            "num_warps": 4,
-            "num_stages": 1,
-        }
-    interpreted = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    long = max_queries > 512 and not backward
-    return tile | {
-        "BLOCK_Q": 128 if long else 64,
-        "BLOCK_K": 64,
+    interpreted = q.device.type == "cpu"
+    blocks, num_warps = (64, 64), 8 if wide > 64 else 4
+    if interpreted:
+        pass  # few large products are the fastest there
+    elif q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
+        blocks, num_warps = (16, 16), 4
+    elif max_queries > 512 and not backward:
+        blocks, num_warps = (128, 64), 8
+    return {
+        "D": head_dim,
+        "WIDE": wide,
+        "BLOCK_Q": blocks[0],
+        "BLOCK_K": blocks[1],
         "PRECISION": "interpreted" if interpreted else "ieee",
-        "num_warps": 8 if wide > 64 else 4,
-        "num_stages": 2,
+        "num_warps": num_warps,
+        "num_stages": 1 if q.dtype == torch.float32 else 2,
     }

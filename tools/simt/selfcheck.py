@@ -108,7 +108,9 @@ def main() -> None:
     for name in names:
         outcomes[name] = CHECKS[name](arguments.full)
         if not arguments.json:
-            counts = {key: value for key, value in outcomes[name].items() if value or key != "wrong"}
+            counts = {
+                key: value for key, value in outcomes[name].items() if value or key != "wrong"
+            }
             print(f"{name}: {counts}", flush=True)
     if arguments.json:
         print(json.dumps(outcomes, indent=1))
