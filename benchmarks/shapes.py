@@ -85,9 +85,6 @@ HEADS = cases(
     cuda=[(count, 16, tokens) for count, tokens in crop_groups(GPU_IMAGES, DROP_RATIO)],
 )
 
-# (rows, K): CLS rows and masked patches of a few images, and the prototypes of small runs and of
-# the published recipes.
-SCORES = [
-    pytest.param((394, 8192), id="394x8192"),
-    pytest.param((394, 65536), id="394x65536", marks=FULL),
-]
+# (rows, K): CLS rows and masked patches, and the prototypes of small runs and of the published
+# recipes.
+SCORES = cases(cpu=[(394, 8192)], full=[(394, 65536)], cuda=[(2048, 65536)])

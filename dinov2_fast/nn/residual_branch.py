@@ -272,7 +272,8 @@ def _norm_output(normed: Tensor, weight: Tensor, bias: Tensor, rebuild: bool) ->
     """The norm's output out of what `_norm_forward` kept."""
     if rebuild:
         return normed
-    return torch.addcmul(bias, normed.to(weight.dtype), weight).to(normed.dtype)
+    # In the weight's type, and rounded on the way out: no copy of the rows in that type.
+    return torch.addcmul(bias, normed, weight, out=torch.empty_like(normed))
 
 
 def _norm_backward_(

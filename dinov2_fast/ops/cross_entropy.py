@@ -267,8 +267,9 @@ def forward_triton(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
     from dinov2_fast.kernels import cross_entropy as kernels
 
     outputs = _forward_fake(student, *arguments)
+    everything: list[Any] = [student, *arguments, *outputs]
     with device_of(student):
-        kernels.forward(*[student, *arguments, *outputs])
+        kernels.forward(*everything)
     return outputs
 
 
@@ -284,8 +285,9 @@ def backward_triton_(grad: Tensor, grad_loss: Tensor, *arguments: Any) -> None:
     """Write the gradient of the student's logits; `grad` may be those logits."""
     from dinov2_fast.kernels import cross_entropy as kernels
 
+    everything: list[Any] = [grad_loss, *arguments, grad]
     with device_of(grad):
-        kernels.backward(*[grad_loss, *arguments, grad])
+        kernels.backward(*everything)
 
 
 def _forward_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
