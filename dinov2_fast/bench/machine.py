@@ -9,12 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _LARGE_BYTES = 256 * 2**20  # more than the last cache of any device
 _SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices whose product gives the arithmetic limit
 _REPEATS = 10
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_f": "AVX-512", "avx2": "AVX2"}  # widest first
 _ENOUGH_S = 3.0  # a processor without instructions for a type is slow at it; one run tells that
 
 
@@ -25,7 +27,10 @@ def hardware(device: str) -> dict[str, str]:
     Args:
         device: "cpu" or "cuda".
     """
-    cpu = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
+    found: dict[str, Any] = dict(torch.cpu.get_capabilities())
+    cpu = str(found.get("cpu_name") or platform.machine())
+    widest = [name for key, name in _INSTRUCTIONS.items() if found.get(key)]
+    cpu += f" with {widest[0]}" if widest else ""
     commit = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {

@@ -32,7 +32,10 @@ smallest and the largest ratio of a round. Memory is the growth of the process's
 idle size (on a GPU, torch's allocator); *kept* is what the student's forward pass saves for the
 backward pass. *Fewer operations* is how much less arithmetic the package's step has: what speed
 goes beyond it comes from kernels and memory. *Of the machine* is the share of the speed of a
-large matrix product, the faster of fp32 and the row's type, measured in the same run.
+large matrix product, the faster of fp32 and the row's type, measured in the same run. On a GPU
+the package's step computes most ops with their PyTorch references until its kernels have been
+measured there; `DINOV2_FAST_PREFER=triton` takes them. Labels of pictures give the prototypes in
+units of 1024.
 """
 
 _COMMANDS = """
@@ -234,11 +237,13 @@ def _ranged(row: dict[str, Any], key: str) -> str:
     if key not in row:
         return ""
     low, high = row[f"{key}_range"]
-    return f"**{row[key]:.2f}** ({low:.2f} to {high:.2f})"
+    spread = f" ({low:.2f} to {high:.2f})" if row.get("rounds") != 1 else ""
+    return f"**{row[key]:.2f}**{spread}"
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{_MODELS.get(row['arch'], row['arch'])} {row['dtype']} K={row['prototypes']}"
+    model, device = _MODELS.get(row["arch"], row["arch"]), row["device"].replace("cuda", "gpu")
+    return f"{model} {row['dtype']} {row['prototypes'] / 1024:g}k {device.upper()}"
 
 
 def _machine(row: dict[str, Any]) -> str:
