@@ -68,8 +68,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32."""
-    from dinov2_fast.kernels import attention as kernels
-
+    kernels = _kernels()
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(q):
@@ -105,8 +104,7 @@ def backward(
     d_v: Tensor,
 ) -> None:
     """Write the gradients of queries, keys and values; without out, it is computed once more."""
-    from dinov2_fast.kernels import attention as kernels
-
+    kernels = _kernels()
     if out is None:
         out, _ = forward(q, k, v, q_offsets, k_offsets, launches, scale)
     delta = torch.empty_like(lse)
@@ -145,6 +143,13 @@ def backward(
             )
 
 
+def _kernels() -> Any:
+    """The file of the kernels, whose types pyright cannot know."""
+    from dinov2_fast.kernels import attention
+
+    return attention
+
+
 def _runs(numbers: Sequence[int]) -> Iterator[Launch]:
     """The launches that `launches` described."""
     yield from (Launch(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
@@ -177,7 +182,7 @@ def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, A
     if interpreted:
         pass  # few large products are the fastest there
     elif q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
-        blocks, num_warps = (16, 16), 4
+        blocks, num_warps = ((16, 16), 4) if wide > 64 else ((32, 32), 8)
     elif max_queries > 512 and not backward:
         blocks, num_warps = (128, 64), 8
     return {

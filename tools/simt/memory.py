@@ -44,7 +44,7 @@ class Device:
         self.used = GAP
         self.names: list[tuple[str, int, int]] = [("nothing", 0, 0)]  # name, offset, bytes
         self.arrays: list[tuple[np.ndarray, int]] = []
-        self.addresses: dict[int, int] = {}
+        self.addresses: dict[tuple[int, int], int] = {}
         self.tensor_maps: list[Any] = []
         self.bytes = np.zeros(0, np.uint8)
         self.owner = np.zeros(0, np.int16)
@@ -87,7 +87,7 @@ class Device:
         """
         fresh = isinstance(array, Output)
         content = as_bytes(array.array if fresh else array)
-        key = content.__array_interface__["data"][0]
+        key = (content.__array_interface__["data"][0], len(content))
         if key not in self.addresses or not len(content):
             label = name or f"array {len(self.arrays)}"
             address = self.store(content, label)

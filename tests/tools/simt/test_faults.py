@@ -56,6 +56,33 @@ def test_missing_barriers_that_change_no_result_are_reported():
         assert error <= planted.program.tolerance, planted.name
 
 
+QUIET = {
+    "read past the end": {"bounds": False, "uninitialised": "poison"},
+    "misaligned pointer": {"misaligned": False},
+    "missing __syncwarp": {"race": False},
+    "missing __syncthreads before the next cp.async": {"race": False},
+    "wait_group 2 for 1": {"in_flight": False, "race": False, "uninitialised": "poison"},
+    "dropped fence.proxy.async": {"proxy": False},
+    "CTAs that meet without a counter": {"global_race": False},
+    "global memory read before it is written": {"uninitialised": "poison"},
+    "stage released before wait_group": {"race": False},
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_a_check_can_be_turned_off(name: str):
+    planted = next(p for p in PLANTED if p.name == name)
+    assert planted.report(checks=simt.Checks(**QUIET[name])) is None
+
+
+def test_poison_counts_what_was_read_before_it_was_written():
+    planted = next(p for p in PLANTED if p.name == "shared memory read before it is written")
+    checks = simt.Checks(uninitialised="poison", race=False)
+    ptx = planted.program.ptx(*planted.defines)
+    _, result = planted.program.run(ptx, checks=checks, schedule=1)
+    assert result.counters["uninitialised shared reads"] > 0
+
+
 @pytest.mark.parametrize("program", named(OWN))
 def test_every_deleted_synchronisation_is_reported(program: Program):
     outcomes = delete_each(program)

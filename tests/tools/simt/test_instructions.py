@@ -97,6 +97,15 @@ def test_table_jumps_and_own_arrays(ptx: str, schedule: str | int):
     assert np.array_equal(out, 10 + 10 * (t % 4) + x[x & 7] + t)
 
 
+@pytest.mark.parametrize("schedule", ["lockstep", 1, 2, 3, 4])
+def test_an_mbarrier_that_moves_on_lets_nobody_past_a_barrier(ptx: str, schedule: str | int):
+    x = np.arange(64, dtype=np.int32)
+    out = np.zeros(64, np.int32)
+    simt.launch(ptx, "staggered", 1, 64, [x, simt.Output(out)], schedule=schedule)
+    sums = np.array([x[:n].sum() for n in x[32:]])
+    assert np.array_equal(out, np.concatenate([sums, sums]))
+
+
 def image_of(tile: np.ndarray, swizzle: int, transposed: bool) -> tuple[np.ndarray, int, int]:
     """A tile [rows, 16] as TMA leaves it: bytes as uint16, and the descriptor's two offsets.
 

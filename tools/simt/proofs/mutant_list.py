@@ -115,7 +115,7 @@ MUTANTS = [
         "cp.async",
         "copies.py",
         "shared.shadow.mark(lanes,",
-        "shared.shadow.granules(lanes[:0], 4) if lanes is None else shared.shadow.mark(lanes[::-1],",
+        "shared.shadow.mark(lanes[::-1],",
     ),
     M("shadow", "shadow.py", "self.flags[at] |= FLIGHT", "pass"),
     M("shadow", "shadow.py", "self.flags[at] = WRITTEN | DIRTY", "self.flags[at] = WRITTEN"),

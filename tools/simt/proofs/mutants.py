@@ -1,6 +1,6 @@
 """Deliberate errors in the interpreter: a judge must find each.
 
-`python -m tools.simt.proofs.mutants [--first N]` prints one JSON line for every mutant.
+`python -m tools.simt.proofs.mutants` prints one JSON line for every mutant.
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="only every n-th mutant")
     parser.add_argument("--only", type=int, help="one mutant, by number")
+    parser.add_argument("--trusted", action="store_true", help="without judging the unchanged one")
     arguments = parser.parse_args()
     kept = kept_results()
-    nobody = in_child(None, kept, 10 * TIMEOUT_S)
+    nobody = "" if arguments.trusted else in_child(None, kept, 10 * TIMEOUT_S)
     if nobody:
         sys.exit(f"the interpreter itself is found wrong: {nobody}")
     chosen = list(enumerate(MUTANTS))[:: arguments.every]

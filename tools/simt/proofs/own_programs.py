@@ -83,9 +83,18 @@ def hopper_gemm(ptx: str, **options: Any) -> tuple[float, Result]:
     return relative_error(from_bf16(c), expected), result
 
 
+def handover(ptx: str, **options: Any) -> tuple[float, Result]:
+    """Two CTAs of two warps."""
+    x = np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32)
+    out = np.empty_like(x)
+    result = launch(ptx, "handover_kernel", 2, 64, [x, Output(out)], **options)
+    return relative_error(out, x), result
+
+
 OWN: Sequence[Program] = (
     Program("softmax", "softmax.cu", "compute_80", softmax, 1e-6),
     Program("exchange", "exchange.cu", "compute_80", exchange, 0.0),
+    Program("handover", "handover.cu", "compute_80", handover, 0.0),
     Program("gemm", "gemm.cu", "compute_80", gemm, 1e-6),
     Program("hopper gemm", "hopper_gemm.cu", "compute_90a", hopper_gemm, 4e-3),
 )

@@ -149,4 +149,10 @@ PLANTED: Sequence[Planted] = (
         ["race", "pending", "wgmma"],
         edit=replace_nth(r"wgmma\.commit_group\.sync\.aligned;", 0, ""),
     ),
+    Planted(
+        "a neighbour's copy read without __syncwarp", NAMED["handover"], ["hazard"], ["NEIGHBOUR"]
+    ),
+    Planted(
+        "source of a bulk store overwritten", NAMED["hopper gemm"], ["race"], ["OVERWRITE_EARLY"]
+    ),
 )

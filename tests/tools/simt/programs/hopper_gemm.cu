@@ -133,6 +133,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                  "r"(column), "r"(row + 64 * group), "r"(shared_address(out))
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#ifdef OVERWRITE_EARLY
+    *reinterpret_cast<volatile uint32_t*>(out) = 0;
+#endif
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   }
 }

@@ -111,7 +111,7 @@ extern "C" __global__ void transpose_kernel(const uint32_t* x, uint32_t* out) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x[threadIdx.x]));
   out[threadIdx.x] = d;
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(
-                   shared_address(tile + threadIdx.x % 8 * 4)),
+                   shared_address(tile + (threadIdx.x < 8 ? threadIdx.x * 4 : 0))), // only 8 count
                "r"(x[threadIdx.x])
                : "memory");
   __syncwarp();
@@ -130,4 +130,32 @@ extern "C" __global__ void paths_kernel(const int* x, int* out) {
                : "=r"(value)
                : "r"(threadIdx.x));
   out[threadIdx.x] = value + mine[x[threadIdx.x] & 7];
+}
+
+// x [128] -> out [64]: warp 0 stands at a barrier when the mbarrier it waited for moves on.
+extern "C" __global__ void staggered_kernel(const int* x, int* out) {
+  __shared__ uint64_t barrier;
+  __shared__ int slot[32];
+  const uint32_t at = shared_address(&barrier);
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at));
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    asm volatile("{\n.reg .pred done;\nAGAIN:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+                 "@!done bra AGAIN;\n}" ::"r"(at)
+                 : "memory");
+  } else {
+    int sum = 0;
+    for (int turn = 0; turn < 2; ++turn) {
+#pragma unroll 1
+      for (int i = turn; i < x[threadIdx.x]; i += 2)
+        sum += x[i];
+      if (threadIdx.x == 32)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+    }
+    slot[threadIdx.x - 32] = sum;
+  }
+  __syncthreads();
+  out[threadIdx.x] = slot[threadIdx.x % 32];
 }
