@@ -22,4 +22,4 @@ def triton_device() -> str:
 @pytest.fixture
 def num_images(triton_device: str) -> int:
     """Images of a pack of two global and eight local crops each: fewer where it takes long."""
-    return 16 if triton_device == "cuda" else 0
+    return 8 if triton_device == "cuda" else 0
