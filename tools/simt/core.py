@@ -144,6 +144,7 @@ class Batch:
         self.block_at = {block.first: number for number, block in enumerate(self.blocks)}
         self.block_at[len(kernel.insts)] = len(self.blocks)
         self.inst: Inst | None = None
+        self.max_blocks = 0  # that a batch may run
         self.global_memory: Any = None
         wire(self)
         self._bind()
@@ -263,6 +264,13 @@ class Batch:
             f"(thread {self.thread[lane]})"
         )
 
+    def spend(self) -> None:
+        """Count a block; a batch that runs too many of them will never end."""
+        self.blocks_left -= 1
+        if self.blocks_left < 0:
+            self.inst = None
+            self.fault("deadlock", "still running after the blocks that launch allows")
+
     # Binding.
 
     def _bind(self) -> None:
@@ -307,6 +315,7 @@ class Batch:
         self.live = self.exists & (self.cta < count)
         self.parked = np.zeros(self.num_lanes, bool)
         self.pc = np.zeros(self.num_lanes, np.int32)
+        self.blocks_left = self.max_blocks
         self.events = 0  # what may let waiting lanes go on
 
     def run(self, schedule: np.random.Generator | None) -> None:

@@ -68,6 +68,7 @@ def launch(
     schedule: str | int = "lockstep",
     profile: bool = False,
     lanes: int = LANES_PER_BATCH,
+    max_blocks: int = 20_000_000,
 ) -> Result:
     """Execute a kernel on the CPU.
 
@@ -84,6 +85,7 @@ def launch(
         schedule: "lockstep", or a seed: then one random warp at a time runs.
         profile: count sectors and shared-memory passes too.
         lanes: lanes executed at once, about.
+        max_blocks: basic blocks after which a batch of CTAs counts as one that never ends.
     Returns:
         Counters. Arrays hold what the kernel wrote.
     Raises:
@@ -107,6 +109,7 @@ def launch(
     batch.global_memory.races = (
         GlobalRaces(len(device.bytes), entry) if checks.global_race else None
     )
+    batch.max_blocks = max_blocks
     for first in range(0, num_ctas, per_batch):
         batch.begin(first, min(per_batch, num_ctas - first))
         batch.run(rng)

@@ -64,6 +64,7 @@ def run_together(batch: Batch, place: int) -> None:
     while place < end:
         block = blocks[place]
         block.count += warps
+        batch.spend()
         for run in block.runs:
             run(everyone)
         if block.end is None:
@@ -91,6 +92,7 @@ def execute(batch: Batch, block: Block | None, chosen: np.ndarray) -> None:
         leave(batch, chosen)
         return
     block.count += int(chosen.reshape(-1, 32).any(axis=1).sum())
+    batch.spend()
     m = True if chosen.all() else chosen
     for run in block.runs:
         run(m)

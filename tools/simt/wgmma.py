@@ -34,8 +34,6 @@ class Layout:
     @classmethod
     def of(cls, descriptor: int) -> Layout:
         """The fields of a descriptor."""
-        if descriptor >> 49 & 7:
-            raise ValueError("a descriptor with a base offset")
         swizzle = {0: 0, 1: 128, 2: 64, 3: 32}[descriptor >> 62]
         return cls((descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4, swizzle)
 
@@ -222,9 +220,12 @@ class Operand:
         batch, shared = self.batch, self.batch.shared
         first = groups * 128
         words = np.broadcast_to(self.descriptor, batch.num_lanes)[first]
+        if (words >> np.uint64(49) & np.uint64(7)).any():
+            batch.fault("unsupported", "a descriptor with a base offset", int(first[0]))
         layouts = {Layout.of(int(word)) for word in words}
         if len(layouts) != 1:
-            raise ValueError("warpgroups of a batch with tiles laid out differently")
+            text = "warpgroups of a batch whose tiles are laid out differently; use fewer lanes"
+            batch.fault("unsupported", text, int(first[0]))
         layout = layouts.pop()
         begin = (words & np.uint64(0x3FFF)).astype(np.int64) << 4
         at = begin[:, None, None] + layout.places(self.rows, self.depth, self.size, transposed)
@@ -323,18 +324,24 @@ def _note_reads(state: Wgmma, groups: np.ndarray, a_flat: Any, b_flat: np.ndarra
     """Check and note the warps' reads: all of B, and of A each warp's own 16 rows."""
     batch = state.batch
     shadow, clocks = batch.shared.shadow, batch.clocks
+    chunks, lanes, actors, epochs = [], [], [], []
     for number, group in enumerate(groups):
         cta, inside = state.place(group)
         actor = clocks.num_warps + inside
-        epoch = clocks.asynchronous(cta, actor)
-        state.issued[group] = epoch
+        state.issued[group] = clocks.asynchronous(cta, actor)
         if not shadow:
             continue
+        of_b = np.unique(b_flat[number] >> 4)
         for warp in range(4):
-            rows = [b_flat[number]]
+            parts = [of_b]
             if a_flat is not None:
-                rows.append(a_flat[number, 16 * warp : 16 * warp + 16])
-            chunks = np.unique(np.concatenate([r.reshape(-1) for r in rows]) >> 4) << 4
-            at = shadow.granules(chunks, 16)
-            lanes = np.full(len(at), int(group) * 128 + warp * 32)
-            shadow.async_read(lanes, at, actor, epoch)
+                parts.append(np.unique(a_flat[number, 16 * warp : 16 * warp + 16] >> 4))
+            mine = np.concatenate(parts)
+            chunks.append(mine << 4)
+            lanes.append(np.full(len(mine), int(group) * 128 + warp * 32))
+            actors.append(np.full(len(mine), actor))
+            epochs.append(np.full(len(mine), state.issued[group]))
+    if shadow:
+        at = shadow.granules(np.concatenate(chunks), 16)
+        who, when = np.concatenate(actors)[:, None], np.concatenate(epochs)[:, None]
+        shadow.async_read(np.concatenate(lanes), at, who, when)

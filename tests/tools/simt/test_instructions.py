@@ -153,3 +153,32 @@ def test_wgmma_reads_every_layout(swizzle: int, transpose_a: int, transpose_b: i
     simt.launch(program, "wgmma_kernel", 1, 128, args, image.nbytes)
     expected = from_bf16(a).astype(float) @ from_bf16(b).astype(float).T
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+SPINNING = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry spinning_kernel(.param .u64 flag)
+{
+    .reg .pred %p<2>; .reg .b32 %r<2>; .reg .b64 %rd<2>;
+    ld.param.u64 %rd1, [flag];
+AGAIN:
+    ld.volatile.global.u32 %r1, [%rd1];
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 bra AGAIN;
+    frobnicate.u32 %r1, %r1;
+    ret;
+}
+"""
+
+
+def test_a_kernel_that_never_ends_is_a_deadlock():
+    with pytest.raises(simt.Fault, match="still running"):
+        simt.launch(SPINNING, "spinning", 1, 32, [np.zeros(1, np.uint32)], max_blocks=100)
+
+
+def test_an_unknown_instruction_is_named_when_it_is_executed():
+    with pytest.raises(simt.Fault, match="PTX line 13: frobnicate") as caught:
+        simt.launch(SPINNING, "spinning", 1, 32, [np.ones(1, np.uint32)])
+    assert caught.value.kind == "unsupported"
