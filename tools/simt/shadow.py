@@ -226,11 +226,12 @@ class Shadow:
 
     def fence_proxy(self, ctas: np.ndarray, warps: np.ndarray) -> None:
         """Make the generic writes that warps know of visible to the asynchronous proxy."""
-        dirty = np.flatnonzero(self.flags & DIRTY)
         per_cta = self.count // self.batch.num_ctas
         known = self.batch.clocks.known
-        for cta, warp in zip(ctas, warps, strict=True):
-            mine = dirty[dirty // per_cta == cta]
-            writer = self.write_who[mine] >> 6
-            clear = (writer == warp) | (self.write_epoch[mine] <= known[cta, warp][writer])
-            self.flags[mine[clear]] &= ~np.uint8(DIRTY)
+        for cta in np.unique(ctas):
+            part = slice(int(cta) * per_cta, (int(cta) + 1) * per_cta)
+            dirty = np.flatnonzero(self.flags[part] & DIRTY) + part.start
+            writer, epoch = self.write_who[dirty] >> 6, self.write_epoch[dirty]
+            mine = warps[ctas == cta]
+            clear = np.isin(writer, mine) | (epoch <= known[cta, mine].max(axis=0)[writer])
+            self.flags[dirty[clear]] &= ~np.uint8(DIRTY)

@@ -216,7 +216,7 @@ class Operand:
         self.size = TYPE_BYTES[kind]
 
     def read(self, groups: np.ndarray, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Values [groups, rows, depth] and flat offsets of every element."""
+        """Values [groups, rows, depth], and the flat offsets of what they are in 16-byte chunks."""
         batch, shared = self.batch, self.batch.shared
         first = groups * 128
         words = np.broadcast_to(self.descriptor, batch.num_lanes)[first]
@@ -235,11 +235,13 @@ class Operand:
             batch.fault("bounds", "a wgmma descriptor reaches outside shared memory", int(first[0]))
         flat = at + shared.cta_base[first][:, None, None]
         bits = shared.view(self.size)[flat // self.size]
+        step = 16 // self.size  # elements of a chunk, along the contiguous dimension
+        chunks = flat[:, ::step] if transposed else flat[:, :, ::step]
         if self.kind == "bf16":
-            return from_bf16(bits), flat
+            return from_bf16(bits), chunks
         if self.kind == "tf32":
-            return (bits & np.uint32(0xFFFFE000)).view(np.float32), flat
-        return bits.view(np.float16).astype(np.float32), flat
+            return (bits & np.uint32(0xFFFFE000)).view(np.float32), chunks
+        return bits.view(np.float16).astype(np.float32), chunks
 
 
 @binds("wgmma")
@@ -305,11 +307,11 @@ def _mma_async(inst: Inst, batch: Batch, state: Wgmma) -> Run:
             left = rows_of_a([warps.take(r) for r in a_registers], kind).reshape(-1, 64, depth)
             values = [r.reshape(-1, 128)[groups].copy() for r in a_registers]
             state.operands.append((groups, a_registers, values))
-            a_flat = None
+            of_a = None
         else:
-            left, a_flat = a.read(groups, transpose_a)
-        right, b_flat = b.read(groups, transpose_b)
-        _note_reads(state, groups, a_flat, b_flat)
+            left, of_a = a.read(groups, transpose_a)
+        right, of_b = b.read(groups, transpose_b)
+        _note_reads(state, groups, of_a, of_b)
         product = np.matmul(left, right.transpose(0, 2, 1)) * np.float32(signs[0] * signs[1])
         before = np.where(keep[:, None, None], accumulator.values[groups], np.float32(0))
         accumulator.values[groups] = product + before
@@ -320,28 +322,25 @@ def _mma_async(inst: Inst, batch: Batch, state: Wgmma) -> Run:
     return run
 
 
-def _note_reads(state: Wgmma, groups: np.ndarray, a_flat: Any, b_flat: np.ndarray) -> None:
-    """Check and note the warps' reads: all of B, and of A each warp's own 16 rows."""
+def _note_reads(state: Wgmma, groups: np.ndarray, of_a: Any, of_b: np.ndarray) -> None:
+    """Check and note the warps' reads: all of B, and of A each warp's own 16 rows.
+
+    Chunks are flat offsets of 16 bytes, [groups, rows, depth] in some unit.
+    """
     batch = state.batch
     shadow, clocks = batch.shared.shadow, batch.clocks
-    chunks, lanes, actors, epochs = [], [], [], []
-    for number, group in enumerate(groups):
-        cta, inside = state.place(group)
-        actor = clocks.num_warps + inside
-        state.issued[group] = clocks.asynchronous(cta, actor)
-        if not shadow:
-            continue
-        of_b = np.unique(b_flat[number] >> 4)
-        for warp in range(4):
-            parts = [of_b]
-            if a_flat is not None:
-                parts.append(np.unique(a_flat[number, 16 * warp : 16 * warp + 16] >> 4))
-            mine = np.concatenate(parts)
-            chunks.append(mine << 4)
-            lanes.append(np.full(len(mine), int(group) * 128 + warp * 32))
-            actors.append(np.full(len(mine), actor))
-            epochs.append(np.full(len(mine), state.issued[group]))
-    if shadow:
-        at = shadow.granules(np.concatenate(chunks), 16)
-        who, when = np.concatenate(actors)[:, None], np.concatenate(epochs)[:, None]
-        shadow.async_read(np.concatenate(lanes), at, who, when)
+    ctas, inside = np.divmod(groups, batch.num_warps // 4)
+    actors = clocks.num_warps + inside
+    epochs = [clocks.asynchronous(int(c), int(a)) for c, a in zip(ctas, actors, strict=True)]
+    state.issued[groups] = epochs
+    if not shadow:
+        return
+    count = len(groups)
+    chunks = np.repeat(of_b.reshape(count, 1, -1), 4, axis=1)  # [groups, warps, chunks]
+    if of_a is not None:
+        chunks = np.concatenate([chunks, of_a.reshape(count, 4, -1)], axis=2)
+    lanes = (groups * 128)[:, None] + np.arange(0, 128, 32)
+    each = chunks.shape[2]
+    at = shadow.granules(chunks.reshape(-1), 16)
+    who, when = np.repeat(actors, 4 * each), np.repeat(epochs, 4 * each)
+    shadow.async_read(np.repeat(lanes.reshape(-1), each), at, who[:, None], when[:, None])

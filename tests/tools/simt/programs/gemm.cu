@@ -1,8 +1,8 @@
 // C = A B in bfloat16: two stages of cp.async, ldmatrix, mma.sync.
 #include <cstdint>
 
-constexpr int kM = 64, kN = 64, kK = 32;   // tile of a CTA, and its step along K
-constexpr int kWarps = 4;                  // 2 x 2, each 32 x 32 of C
+constexpr int kM = 64, kN = 64, kK = 32;      // tile of a CTA, and its step along K
+constexpr int kWarps = 4;                     // 2 x 2, each 32 x 32 of C
 constexpr int kPadA = kK + 8, kPadB = kN + 8; // rows 16 bytes longer: no bank conflicts
 
 __device__ uint32_t shared_address(const void* pointer) {

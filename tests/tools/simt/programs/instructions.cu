@@ -26,9 +26,9 @@ extern "C" __global__ void copy_arrival_kernel(const float4* x, float4* out, int
   if (threadIdx.x == 0)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(128));
   __syncthreads();
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   shared_address(&slot[threadIdx.x])),
-               "l"(x + threadIdx.x));
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&slot[threadIdx.x])),
+      "l"(x + threadIdx.x));
   if (noinc) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
   } else {
