@@ -10,19 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import CPU_ROW, GPU_ROW, gradient_of, measure, skip_unless_available
+from benchmarks.harness import gradient_of, measure, skip_unless_available
+from benchmarks.shapes import HEAD_DIM, HEADS
 from dinov2_fast.ops.attention import attention
 from dinov2_fast.packing import Pack
-
-HEAD_DIM = 64
-# (sequences, heads, tokens): kept global crops, kept local crops, one image of 518 px.
-SHAPES = {"cpu": [(6, 6, 257), (24, 6, 50), (1, 6, 1370)], "cuda": [(76, 16, 257), (307, 16, 50)]}
-ROWS = {"cpu": CPU_ROW, "cuda": GPU_ROW}
-CASES = [
-    pytest.param(device, shape, marks=ROWS[device], id=f"{device}-{'x'.join(map(str, shape))}")
-    for device, shapes in SHAPES.items()
-    for shape in shapes
-]
 
 
 def contender(name: str, shape: tuple[int, int, int], device: str) -> Callable[[Tensor], Tensor]:
@@ -48,8 +39,8 @@ def contender(name: str, shape: tuple[int, int, int], device: str) -> Callable[[
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("device", "shape"), CASES)
-@pytest.mark.parametrize("backend", ["reference", "torch sdpa", "native"])
+@pytest.mark.parametrize(("device", "shape"), HEADS)
+@pytest.mark.parametrize("backend", ["reference", "torch sdpa", "native", "triton"])
 def test_attention(
     benchmark: Any,
     backend: str,
@@ -58,7 +49,8 @@ def test_attention(
     dtype: torch.dtype,
     mode: str,
 ):
-    skip_unless_available("attention", "native" if backend == "native" else "reference", device)
+    ours = "reference" if backend == "torch sdpa" else backend
+    skip_unless_available("attention", ours, device)
     sequences, heads, length = shape
     tokens = sequences * length
     generator = torch.Generator().manual_seed(0)

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import CPU_ROW, gradient_of, measure, skip_unless_available
+from benchmarks.harness import gradient_of, measure, skip_unless_available
+from benchmarks.shapes import SCORES
 from dinov2_fast.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from dinov2_fast.ops.cross_entropy_prototypes import prototype_cross_entropy
 
-# (student rows S, prototypes K): CLS rows and masked patches of a few images, and the prototypes
-# of the published recipes and of small runs.
-SHAPES = [(394, 65536), (394, 8192)]
 TEACHER_ROWS = 64
 BOTTLENECK = 256
 TEMPERATURES: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.05}
-
-pytestmark = CPU_ROW
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -39,16 +35,17 @@ def targets(prototypes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+@pytest.mark.parametrize(("device", "shape"), SCORES)
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_cross_entropy(
-    benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
+    benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
 ):
-    skip_unless_available("cross_entropy", backend.removeprefix("compiled "), "cpu")
+    skip_unless_available("cross_entropy", backend.removeprefix("compiled "), device)
     rows, prototypes = shape
-    student, incoming = numbers(rows, prototypes, dtype=dtype), torch.ones(rows)
-    vectors = targets(prototypes, dtype)
-    options = {"teacher_rows": torch.arange(rows) % TEACHER_ROWS, **TEMPERATURES}
+    student = numbers(rows, prototypes, dtype=dtype).to(device)
+    incoming = torch.ones(rows, device=device)
+    vectors = [tensor.to(device) for tensor in targets(prototypes, dtype)]
+    options = {"teacher_rows": torch.arange(rows, device=device) % TEACHER_ROWS, **TEMPERATURES}
     run: Callable[[Tensor], Tensor]
     if backend == "compiled reference":
         compiled = torch.compile(cross_entropy_reference, fullgraph=True)
@@ -70,26 +67,30 @@ def test_cross_entropy(
         dtype=dtype,
         shape=shape,
         mode=mode,
-        device="cpu",
+        device=device,
         num_bytes=num_bytes + vectors[0].numel() * vectors[0].element_size(),
     )
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", "native", "native, scores stored"])
+@pytest.mark.parametrize(("device", "shape"), SCORES)
+@pytest.mark.parametrize(
+    "backend", ["reference", "native", "triton", "native, scores stored", "triton, scores stored"]
+)
 def test_prototype_cross_entropy(
-    benchmark: Any, backend: str, shape: tuple[int, int], teachers: int
+    benchmark: Any, backend: str, device: str, shape: tuple[int, int], teachers: int
 ):
     """From features to the gradients of features and prototypes, in float32."""
     chosen = backend.removesuffix(", scores stored")
-    skip_unless_available("cross_entropy", chosen, "cpu")
+    skip_unless_available("cross_entropy", chosen, device)
     rows, prototypes = shape
-    features = F.normalize(numbers(rows, BOTTLENECK), dim=1).requires_grad_()
-    weight = F.normalize(numbers(prototypes, BOTTLENECK, seed=2), dim=1).requires_grad_()
-    vectors = targets(prototypes, torch.float32)
+    features, weight = (
+        F.normalize(numbers(count, BOTTLENECK, seed=2 * i), dim=1).to(device).requires_grad_()
+        for i, count in enumerate(shape)
+    )
+    vectors = [tensor.to(device) for tensor in targets(prototypes, torch.float32)]
     teacher_rows = torch.stack([torch.arange(rows) + i for i in range(teachers)], 1) % TEACHER_ROWS
-    row_weights = torch.full((rows,), 1 / rows)
+    teacher_rows, row_weights = teacher_rows.to(device), torch.full((rows,), 1 / rows).to(device)
 
     def fused() -> Tensor:
         return prototype_cross_entropy(
@@ -119,7 +120,7 @@ def test_prototype_cross_entropy(
         dtype=torch.float32,
         shape=(*shape, BOTTLENECK, teachers),
         mode="forward+backward",
-        device="cpu",
+        device=device,
         num_bytes=4 * 2 * (features.numel() + weight.numel()) + 4 * vectors[0].numel(),
         num_flops=3 * 2 * rows * prototypes * BOTTLENECK,
     )

@@ -9,14 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import CPU_ROW, GPU_ROW, gradient_of, measure, skip_unless_available
-from dinov2_fast.ops.gelu import gelu, gelu_reference
-
-# (rows, F): kept tokens of a pack, and the hidden width.
-CASES = [
-    pytest.param("cpu", (2742, 1536), marks=CPU_ROW, id="cpu-ViT-S"),
-    pytest.param("cuda", (64 * 2 * 257 + 64 * 8 * 50, 4096), marks=GPU_ROW, id="cuda-ViT-L"),
-]
+from benchmarks.harness import gradient_of, measure, skip_unless_available
+from benchmarks.shapes import HIDDEN
+from dinov2_fast.ops.gelu import gelu, gelu_backward_, gelu_reference
 
 
 def contender(name: str) -> Callable[[Tensor], Tensor]:
@@ -28,8 +23,8 @@ def contender(name: str) -> Callable[[Tensor], Tensor]:
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("device", "shape"), CASES)
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+@pytest.mark.parametrize(("device", "shape"), HIDDEN)
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_gelu(
     benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
 ):
@@ -49,4 +44,29 @@ def test_gelu(
         mode=mode,
         device=device,
         num_bytes=passes * x.numel() * x.element_size(),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("device", "shape"), HIDDEN)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_gelu_backward_in_place(
+    benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype
+):
+    """Gradient, activation and the sums for the bias, as a feed-forward branch takes them."""
+    skip_unless_available("gelu", backend, device)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
+    da, x = (torch.empty_like(tensor) for tensor in given)
+    measure(
+        benchmark,
+        lambda: gelu_backward_(da, x, backend=backend),
+        op="gelu",
+        backend=backend,
+        dtype=dtype,
+        shape=shape,
+        mode="backward in place",
+        device=device,
+        num_bytes=4 * x.numel() * x.element_size(),  # da -> a and x -> dx
+        prepare=lambda: (da.copy_(given[0]), x.copy_(given[1])),
     )

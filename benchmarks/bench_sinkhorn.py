@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import CPU_ROW, measure, skip_unless_available
+from benchmarks.harness import measure, skip_unless_available
+from benchmarks.shapes import SCORES
 from dinov2_fast.ops.sinkhorn import sinkhorn, sinkhorn_reference
 
-# (teacher rows R, prototypes K): masked patches of a few images, and the prototypes of the
-# published recipes and of small runs.
-SHAPES = [(394, 65536), (394, 8192)]
 ITERATIONS = 3
-
-pytestmark = CPU_ROW
 
 
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
-def test_sinkhorn(benchmark: Any, backend: str, shape: tuple[int, int], dtype: torch.dtype):
-    skip_unless_available("sinkhorn", backend.removeprefix("compiled "), "cpu")
-    logits = (0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+@pytest.mark.parametrize(("device", "shape"), SCORES)
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
+def test_sinkhorn(
+    benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype
+):
+    skip_unless_available("sinkhorn", backend.removeprefix("compiled "), device)
+    logits = (0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(
+        device, dtype
+    )
     options = {"temperature": 0.05, "num_iterations": ITERATIONS, "group": None}
     work: Callable[[], object]
     if backend == "compiled reference":
@@ -41,7 +41,7 @@ def test_sinkhorn(benchmark: Any, backend: str, shape: tuple[int, int], dtype: t
         dtype=dtype,
         shape=shape,
         mode="forward",
-        device="cpu",
+        device=device,
         # every iteration reads the scores for the columns and again for the rows
         num_bytes=2 * ITERATIONS * logits.numel() * logits.element_size(),
     )

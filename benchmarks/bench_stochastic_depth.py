@@ -7,26 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import CPU_ROW, GPU_ROW, measure, skip_unless_available
+from benchmarks.harness import measure, skip_unless_available
+from benchmarks.shapes import KEPT_ROWS
 from dinov2_fast.ops.stochastic_depth import gather_scaled, scatter_add_scaled_
-
-# (T, R, C): tokens of a pack, those kept at drop ratio 0.4, channels.
-SHAPES = {
-    "cpu": [(4570, 2742, 384), (4570, 2742, 768)],  # ViT-S and ViT-B, five images
-    "cuda": [(58496, 35098, 384), (58496, 35098, 768)],  # ViT-S and ViT-B, 64 images
-}
-ROWS = {"cpu": CPU_ROW, "cuda": GPU_ROW}
-CASES = [
-    pytest.param(device, shape, marks=ROWS[device], id=f"{device}-{shape[1]}x{shape[2]}")
-    for device, shapes in SHAPES.items()
-    for shape in shapes
-]
 
 
 @pytest.mark.parametrize("mode", ["scatter", "gather"])
 @pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("device", "shape"), CASES)
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(("device", "shape"), KEPT_ROWS)
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_stochastic_depth(
     benchmark: Any,
     backend: str,

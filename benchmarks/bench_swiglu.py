@@ -9,26 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import CPU_ROW, GPU_ROW, gradient_of, measure, skip_unless_available
-from dinov2_fast.ops.swiglu import swiglu, swiglu_reference
-
-# (rows, 2F): tokens of a pack, and the width of w12's output.
-SHAPES = {
-    "cpu": [
-        (394, 8192),  # ViT-g: one 224 px crop and a few local ones
-        (1028, 5504),  # ViT-L with SwiGLU: four 224 px crops
-    ],
-    "cuda": [
-        (32 * 2 * 257 + 32 * 8 * 50, 8192),  # ViT-g, batch 32: all crops in one pack
-        (64 * 2 * 257 + 64 * 8 * 50, 5504),  # ViT-L with SwiGLU, batch 64
-    ],
-}
-ROWS = {"cpu": CPU_ROW, "cuda": GPU_ROW}
-CASES = [
-    pytest.param(device, shape, marks=ROWS[device], id=f"{device}-{shape[0]}x{shape[1]}")
-    for device, shapes in SHAPES.items()
-    for shape in shapes
-]
+from benchmarks.harness import gradient_of, measure, skip_unless_available
+from benchmarks.shapes import GATED_HIDDEN
+from dinov2_fast.ops.swiglu import swiglu, swiglu_backward_, swiglu_reference
 
 
 def contender(name: str) -> Callable[[Tensor], Tensor]:
@@ -40,7 +23,7 @@ def contender(name: str) -> Callable[[Tensor], Tensor]:
 @pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("device", "shape"), CASES)
+@pytest.mark.parametrize(("device", "shape"), GATED_HIDDEN)
 @pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_swiglu(
     benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype, mode: str
@@ -68,4 +51,35 @@ def test_swiglu(
         mode=mode,
         device=device,
         num_bytes=elements * element,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("device", "shape"), GATED_HIDDEN)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_swiglu_backward_in_place(
+    benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype
+):
+    """Gradient, activation and the sums for the bias, as a feed-forward branch takes them."""
+    if device == "cuda" and backend == "native":
+        pytest.skip("swiglu: the native in-place backward runs on the CPU alone")
+    skip_unless_available("swiglu", backend, device)
+    rows, width = shape
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(rows, columns, generator=generator).to(device, dtype)
+        for columns in (width // 2, width)
+    ]
+    dh, x12 = (torch.empty_like(tensor) for tensor in given)
+    measure(
+        benchmark,
+        lambda: swiglu_backward_(dh, x12, backend=backend),
+        op="swiglu",
+        backend=backend,
+        dtype=dtype,
+        shape=shape,
+        mode="backward in place",
+        device=device,
+        num_bytes=3 * x12.numel() * x12.element_size(),  # x12 -> dx12 and dh -> h
+        prepare=lambda: (dh.copy_(given[0]), x12.copy_(given[1])),
     )

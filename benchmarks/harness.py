@@ -1,20 +1,15 @@
 """What every benchmark row holds, and how one is measured.
 
-Run with `pytest benchmarks --benchmark-only`. A row states op, backend, dtype, shape and mode, the
-time's quartiles, achieved bandwidth or arithmetic and its share of what this machine reaches, peak
-memory, hardware, driver, versions and commit.
+Run with `pytest benchmarks --benchmark-only`; `--full` adds large shapes. A row states op, backend,
+dtype, shape and mode, the time's quartiles, achieved bandwidth or arithmetic and its share of what
+this machine reaches, peak memory, hardware, driver, versions and commit.
 """
 
 from __future__ import annotations
 
-import functools
-import platform
 import resource
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.backends import availability
+from dinov2_fast.bench.machine import copy_bandwidth_gb_s, hardware, synchronize
 
-ROOT = Path(__file__).parent.parent
 WARMUP_ROUNDS = 5
-ROUNDS = 50
+LEAST_ROUNDS, MOST_ROUNDS = 3, 50
+SECONDS_PER_ROW = 1.0  # of timed rounds, flushes between them included
 FLUSH_BYTES = 256 * 2**20  # more than the last cache of any device
 
 # Rows on the CPU run on one thread and count its own time: a busy machine's scheduler takes slices
@@ -55,8 +51,11 @@ def measure(
     device: str,
     num_bytes: int,
     num_flops: int = 0,
+    prepare: Callable[[], object] | None = None,
 ) -> None:
     """Time a function with cold caches and one CPU thread, and complete the row.
+
+    Under --benchmark-disable the function runs once and nothing is measured.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -65,28 +64,37 @@ def measure(
         backend: what is measured: a backend, or "compiled reference".
         dtype: float type of the main input.
         shape: of the main input.
-        mode: "forward" or "forward+backward".
+        mode: part of the op, as "forward" or "forward+backward".
         device: "cpu" or "cuda".
         num_bytes: bytes the op must move: every input and output once.
         num_flops: useful operations; 0 for ops bound by memory.
+        prepare: restores before every round, untimed, what the work overwrites.
     """
+    if benchmark.disabled:
+        if prepare is not None:
+            prepare()
+        benchmark(run)
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     scratch = torch.empty(FLUSH_BYTES // 4, device=device)
 
     def set_up() -> None:
+        if prepare is not None:
+            prepare()
         scratch.zero_()  # L2 and L3 hold nothing of the last round
-        _synchronize(device)
+        synchronize(device)
 
     def timed() -> None:
         run()
-        _synchronize(device)
+        synchronize(device)
 
     try:
+        warmup_rounds, rounds = _warm_up(lambda: (set_up(), timed()))
         _reset_peak(device)
-        benchmark.pedantic(timed, setup=set_up, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+        benchmark.pedantic(timed, setup=set_up, rounds=rounds)
         peak_mib = _peak_mib(device)
-        reachable = copy_bandwidth_gb_s(device)
+        reachable = copy_bandwidth_gb_s(device, 1)
     finally:
         torch.set_num_threads(threads)
     stats = benchmark.stats.stats
@@ -107,54 +115,30 @@ def measure(
         flops=num_flops,
         tflop_s=num_flops / seconds / 1e12,
         peak_mib=peak_mib,
-        warmup_rounds=WARMUP_ROUNDS,
+        rounds=rounds,
+        warmup_rounds=warmup_rounds,
         caches="flushed",
         clock="elapsed" if device == "cuda" else "thread",
+        threads=1,
         **hardware(device),
     )
 
 
-@functools.cache
-def copy_bandwidth_gb_s(device: str) -> float:
-    """Bytes read plus bytes written per second by a large copy: the roof of memory-bound ops."""
-    source = torch.ones(FLUSH_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    clock = time.perf_counter if device == "cuda" else time.thread_time
-    times: list[float] = []
-    for _ in range(10):
-        _synchronize(device)
-        begin = clock()
-        target.copy_(source)
-        _synchronize(device)
-        times.append(clock() - begin)
-    return 2 * FLUSH_BYTES / statistics.median(times) / 1e9
-
-
-@functools.cache
-def hardware(device: str) -> dict[str, str]:
-    """Names and versions that a figure means nothing without."""
-    cpu = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
-    commit = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "driver": driver.splitlines()[0] if driver else "none",
-        "threads": "1",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "commit": commit or "unknown",
-    }
+def _warm_up(run: Callable[[], object]) -> tuple[int, int]:
+    """Run until compilers and allocator have settled; rounds run, and rounds to be timed."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < WARMUP_ROUNDS and sum(seconds) < SECONDS_PER_ROW):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    rounds = int(SECONDS_PER_ROW / min(seconds))
+    return len(seconds), min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
 
 
 def gradient_of(run: Callable[[Tensor], Tensor], x: Tensor, incoming: Tensor) -> Tensor:
     """One forward and backward pass of a function of one tensor."""
     (gradient,) = torch.autograd.grad(run(x), x, incoming)
     return gradient
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _reset_peak(device: str) -> None:
@@ -167,11 +151,3 @@ def _peak_mib(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def _output(*command: str) -> str:
-    """What a command prints; empty when it fails or does not exist."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

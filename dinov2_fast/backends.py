@@ -1,7 +1,8 @@
 """Which backend computes an op: the preference table, the overrides and the reasons it gives.
 
-Order of precedence: the `backend=` argument, `use_backend`, DINOV2_FAST_BACKEND, then `PREFERENCE`.
-An explicit choice never falls back; the table falls back and says so once.
+Order of precedence: the `backend=` argument, `use_backend`, DINOV2_FAST_BACKEND, then `PREFERENCE`,
+in which DINOV2_FAST_PREFER moves one backend to the front. An explicit choice never falls back; the
+table falls back and says so once.
 """
 
 from __future__ import annotations
@@ -23,30 +24,39 @@ BACKENDS = ("reference", "native", "triton")
 _REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
+# Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
+# on a GPU yet: DINOV2_FAST_PREFER=triton or an explicit backend takes them.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    # CUDA: compiled for sm_80 and sm_90 but not measured on a GPU yet, hence only on request.
-    "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
-    "gelu": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "attention": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
+    "gelu": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "koleo": _REFERENCE_ONLY,
-    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
 }
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
 DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("stochastic_depth", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("stochastic_depth", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("layer_norm", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("attention", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("swiglu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("gelu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("sinkhorn", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
+    ("cross_entropy", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("optimizer", "native", "cpu"): (torch.float32,),
+    ("optimizer", "triton", "cuda"): (torch.float32,),
 }
 
 _logger = logging.getLogger("dinov2_fast")
@@ -126,7 +136,8 @@ def _chosen(
     if op in environment.disabled_kernels():
         return "reference"
     order = PREFERENCE[op].get(device_type, ("reference",))
-    for name in order:
+    preferred = environment.preferred_backend()
+    for name in sorted(order, key=lambda name: name != preferred):
         reason = _why_not_this_call(op, name, device_type, dtype, refused)
         if not reason:
             return name
@@ -147,7 +158,7 @@ def _why_not_this_call(
     reason = _why_not(op, name, device_type)
     if reason:
         return reason
-    dtypes = DTYPES.get((op, name, device_type), ())
+    dtypes = DTYPES.get((op, name, "cuda" if name == "triton" else device_type), ())
     if dtype not in dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {known}, got {str(dtype).removeprefix('torch.')}"
@@ -161,18 +172,20 @@ def _why_not(op: str, name: str, device_type: str) -> str:
         raise ValueError(f"backends: expected an op of {', '.join(PREFERENCE)}, got {op!r}")
     if name == "reference":
         return ""
-    if name not in PREFERENCE[op].get(device_type, ()):
+    # Triton's interpreter runs the kernels of the GPU on the CPU, for tests: only on request.
+    interpreted = name == "triton" and device_type == "cpu" and environment.triton_interpreted()
+    if name not in PREFERENCE[op].get("cuda" if interpreted else device_type, ()):
         return f"{op} has no {name} kernel for {device_type}"
     if name == "native":
         return native.why_not_for(op, device_type)
-    return _why_not_triton(op)
+    return _why_not_triton(op, interpreted)
 
 
-def _why_not_triton(op: str) -> str:
+def _why_not_triton(op: str, interpreted: bool) -> str:
     """Why Triton cannot compute an op in this process, or ""."""
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
-    if not torch.cuda.is_available():
+    if not interpreted and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if importlib.util.find_spec(f"dinov2_fast.kernels.{op}") is None:
         return f"there is no kernels/{op}.py"

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dinov2_fast.bench.command import add_bench
 from dinov2_fast.config import Config, load_config, nearest_name, preset_names, to_dict
 from dinov2_fast.errors import ConfigError, UserError
 
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_embed(verbs)
     _add_convert(verbs)
+    add_bench(verbs)
     doctor = verbs.add_parser(
         "doctor", help="what is installed, what runs here, and a 5 s self-test"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dinov2_fast.errors import ConfigError
@@ -25,6 +25,13 @@ BACKEND = Variable(
     "auto",
     ("auto", "reference", "native", "triton"),
     "backend of every op that is not given one; auto takes the preference table",
+    "ops",
+)
+PREFER = Variable(
+    "DINOV2_FAST_PREFER",
+    "auto",
+    ("auto", "reference", "native", "triton"),
+    "backend that automatic choice tries first, for the ops that have it",
     "ops",
 )
 DISABLE_KERNELS = Variable(
@@ -62,7 +69,7 @@ CUDA_ARCHS = Variable(
     "compute capabilities the extension is built for, as in 80;90a",
     "build",
 )
-VARIABLES = (BACKEND, DISABLE_KERNELS, CPU_LEVEL, BLOCK, BUILD, CUDA_ARCHS)
+VARIABLES = (BACKEND, PREFER, DISABLE_KERNELS, CPU_LEVEL, BLOCK, BUILD, CUDA_ARCHS)
 
 
 def value(variable: Variable) -> str:
@@ -86,6 +93,12 @@ def backend() -> str | None:
     return None if text == "auto" else text
 
 
+def preferred_backend() -> str | None:
+    """Backend that automatic choice tries first; None leaves the order of the table."""
+    text = value(PREFER)
+    return None if text == "auto" else text
+
+
 def disabled_kernels() -> frozenset[str]:
     """Ops that automatic choice must compute with the reference."""
     return frozenset(name.strip() for name in value(DISABLE_KERNELS).split(",") if name.strip())
@@ -99,6 +112,16 @@ def cpu_level() -> str:
 def plain_blocks() -> bool:
     """Whether transformer blocks must run module by module under autograd."""
     return value(BLOCK) == "plain"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU: TRITON_INTERPRET, which Triton reads."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
+
+
+def extended(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with some variables more, for a child process."""
+    return {**os.environ, **extra}
 
 
 def unknown_variables() -> list[str]:

@@ -1,4 +1,4 @@
-"""Fixtures of every test: one thread, fixed seeds, and the backends and devices of this machine."""
+"""Fixtures of every test: one thread, fixed seeds, and what this machine has: backends, devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2_fast import environment, native
 from dinov2_fast.backends import PREFERENCE, availability
+from tests.triton_interpreter import compute_as_a_gpu_does
+
+if environment.triton_interpreted():
+    compute_as_a_gpu_does()
+
+LEVELS = ("baseline", "avx2", "avx512")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +31,22 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def on_native() -> None:
+    """Skips where the extension is not built."""
+    if native.why_not():
+        pytest.skip(f"native: {native.why_not()}")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, on_native: None) -> str:
+    """Every instruction set of this processor, in force for the native backend."""
+    if request.param not in native.cpu_levels():
+        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
+    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", request.param)
+    return request.param
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,8 +68,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = ("device", "backend") if wants_device else ("backend",)
     parameters = []
     for device in ("cpu", "cuda") if wants_device else ("cpu",):
-        for backend in PREFERENCE[stem][device]:
-            marks = _marks(device, availability(stem, device)[backend])
+        reasons = availability(stem, device)
+        # Triton is in no order of the CPU, but TRITON_INTERPRET=1 makes it run there.
+        interpreted = ["triton"] if device == "cpu" and not reasons["triton"] else []
+        for backend in [*PREFERENCE[stem][device], *interpreted]:
+            marks = _marks(device, reasons[backend])
             values = (device, backend)[-len(names) :]
             parameters.append(pytest.param(*values, id=f"{backend}-{device}", marks=marks))
     metafunc.parametrize(names, parameters)

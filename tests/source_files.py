@@ -12,13 +12,13 @@ PACKAGE = ROOT / "dinov2_fast"
 
 
 def python_files(*folders: str) -> list[Path]:
-    """Python files of folders below the root, the kernels under their real name."""
-    link = PACKAGE / "kernels"
+    """Python files of folders below the root, kernels and eager reference under their own name."""
+    links = (PACKAGE / "kernels", PACKAGE / "bench" / "eager")
     return sorted(
         path
         for folder in folders
         for path in (ROOT / folder).rglob("*.py")
-        if link not in path.parents and "__pycache__" not in path.parts
+        if not any(link in path.parents for link in links) and "__pycache__" not in path.parts
     )
 
 

@@ -116,6 +116,17 @@ def test_disabled_kernels_go_to_the_reference_unless_asked_for(
     assert choose_backend("swiglu", X, "native") == "native"
 
 
+def test_a_preferred_backend_is_tried_first_where_an_op_has_it(
+    with_extension: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DINOV2_FAST_PREFER", "reference")
+    assert choose_backend("swiglu", X, None) == "reference"
+    assert choose_backend("swiglu", X, "native") == "native"
+    monkeypatch.setenv("DINOV2_FAST_PREFER", "triton")  # which the CPU has for no op
+    assert choose_backend("swiglu", X, None) == "native"
+    assert choose_backend("koleo", X, None) == "reference"
+
+
 def test_misspelt_names_are_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="one of reference, native, triton or None, got 'nativ'"):
         choose_backend("swiglu", X, "nativ")

@@ -60,6 +60,7 @@ def test_every_command_runs_in_order(labelled_images, tmp_path, capsys):
         "HF_DIR": str(tmp_path / "hf"),
         "features.safetensors": str(tmp_path / "features.safetensors"),
         "vits14": "debug",
+        "vits": "debug",
     }
     ran = []
     for command in COMMANDS:
@@ -68,9 +69,11 @@ def test_every_command_runs_in_order(labelled_images, tmp_path, capsys):
             continue
         if words[1] == "train" and "--out" in words:
             words += ["--steps", "2", "--batch-size", "2", "--data.num-workers", "0"]
+        if words[1] == "bench":
+            words += ["--batch-size", "1", "--prototypes", "64", "--steps", "1", "--rounds", "1"]
         assert cli.run(words[1:]) == 0, capsys.readouterr().err
         ran.append(words[1])
-    assert ran == ["doctor", "train", "train", "eval", "embed", "convert"]
+    assert ran == ["doctor", "train", "train", "eval", "embed", "convert", "bench"]
     assert (tmp_path / "hf" / "config.json").is_file()
     assert (tmp_path / "features.safetensors").is_file()
 

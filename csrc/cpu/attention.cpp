@@ -6,6 +6,7 @@
 #include "check.hpp"
 #include "cpu/attention_tiles.hpp"
 #include "cpu/rows.hpp"
+#include "keywords.hpp"
 
 #include <cmath>
 #include <cstdint>
@@ -42,14 +43,14 @@ struct Sizes {
   int64_t key_columns, key_rows, block_rows; // padded
 };
 
-Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim) {
-  const int64_t columns = padded(keys);
+Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
+  const int64_t columns = padded(keys, lanes);
   const int64_t rows =
       std::min(std::max<int64_t>(kScoresPerBlock / std::max<int64_t>(columns, 1), 1),
                std::max<int64_t>(queries, 1));
   return {queries,
           keys,
-          round_up(head_dim, kLanes),
+          round_up(head_dim, lanes),
           columns,
           round_up(keys, kTileRows),
           round_up(rows, kTileRows)};
@@ -78,7 +79,7 @@ template <typename T>
 }
 
 // The same rows across: [D, columns], zeros beyond count.
-template <typename T>
+template <typename T, int kLanes>
 [[gnu::always_inline]] inline void unpack_across(const Heads& from, int64_t head, int64_t first,
                                                  int64_t count, int64_t head_dim, int64_t columns,
                                                  float* to) {
@@ -115,6 +116,7 @@ template <typename T>
 
 // Scores of one query to exp(score * scale - largest), in place, zeros beyond the keys.
 // Returns the sum; largest is that of the scaled scores.
+template <int kLanes>
 [[gnu::always_inline]] inline float exponentials(float* scores, int64_t keys, int64_t columns,
                                                  float scale, float& largest) {
   float best[kLanes], sums[kLanes];
@@ -149,31 +151,31 @@ template <typename T>
   return sum;
 }
 
-template <typename T> struct ForwardTask {
+template <typename T, typename Isa> struct ForwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t) {
     const int64_t sequence = task / p.heads, head = task % p.heads;
     const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
     const Sizes s = sizes_of(p.query_offsets[sequence + 1] - first_query,
-                             p.key_offsets[sequence + 1] - first_key, p.head_dim);
+                             p.key_offsets[sequence + 1] - first_key, p.head_dim, Isa::kLanes);
     float* keys = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values = keys + s.width * s.key_columns;         // [key_rows, width]
     float* queries = values + s.key_rows * s.width;         // [block_rows, width]
     float* outputs = queries + s.block_rows * s.width;
     float* scores = outputs + s.block_rows * s.width; // [block_rows, key_columns]
-    unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
+    unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
     unpack<T>(p.v, head, first_key, s.keys, p.head_dim, s.key_rows, s.width, values);
     for (int64_t begin = 0; begin < s.queries; begin += s.block_rows) {
       const int64_t count = std::min(s.block_rows, s.queries - begin);
       const int64_t rows = round_up(count, kTileRows);
       unpack<T>(p.q, head, first_query + begin, count, p.head_dim, rows, s.width, queries);
-      multiply({queries, s.width, 1}, {keys, 0, s.key_columns}, scores, s.key_columns, rows,
-               s.key_columns, p.head_dim, false);
+      multiply<Isa>({queries, s.width, 1}, {keys, 0, s.key_columns}, scores, s.key_columns, rows,
+                    s.key_columns, p.head_dim, false);
       float* lse = p.lse + head * p.num_queries + first_query + begin;
       for (int64_t row = 0; row < count; ++row) {
         float largest;
         float* line = scores + row * s.key_columns;
-        const float sum = exponentials(line, s.keys, s.key_columns, p.scale, largest);
+        const float sum = exponentials<Isa::kLanes>(line, s.keys, s.key_columns, p.scale, largest);
         lse[row] = largest + std::log(sum);
         const float inverse = s.keys == 0 ? 0.0f : 1.0f / sum;
         // Normalised before the product: a value times a weight of at most 1 cannot overflow.
@@ -181,14 +183,15 @@ template <typename T> struct ForwardTask {
         for (int64_t j = 0; j < s.key_columns; ++j)
           line[j] *= inverse;
       }
-      multiply({scores, s.key_columns, 1}, {values, 0, s.width}, outputs, s.width, rows, s.width,
-               s.keys, false);
+      multiply<Isa>({scores, s.key_columns, 1}, {values, 0, s.width}, outputs, s.width, rows,
+                    s.width, s.keys, false);
       pack<T>(outputs, s.width, p.out, head, first_query + begin, count, p.head_dim);
     }
   }
 };
 
 // Scores to weights exp(score * scale - lse), and d_weights to d_scores, in place.
+template <int kLanes>
 [[gnu::always_inline]] inline void score_gradients(float* __restrict scores,
                                                    float* __restrict gradients, int64_t keys,
                                                    int64_t columns, float scale, float lse) {
@@ -211,13 +214,13 @@ template <typename T> struct ForwardTask {
     gradients[j] = scores[j] * (gradients[j] - mean) * scale;
 }
 
-template <typename T> struct BackwardTask {
+template <typename T, typename Isa> struct BackwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t) {
     const int64_t sequence = task / p.heads, head = task % p.heads;
     const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
     const Sizes s = sizes_of(p.query_offsets[sequence + 1] - first_query,
-                             p.key_offsets[sequence + 1] - first_key, p.head_dim);
+                             p.key_offsets[sequence + 1] - first_key, p.head_dim, Isa::kLanes);
     float* keys_across = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values_across = keys_across + s.width * s.key_columns;
     float* keys = values_across + s.width * s.key_columns; // [key_rows, width]
@@ -228,8 +231,10 @@ template <typename T> struct BackwardTask {
     float* d_queries = d_outputs + s.block_rows * s.width;
     float* scores = d_queries + s.block_rows * s.width; // [block_rows, key_columns]
     float* d_scores = scores + s.block_rows * s.key_columns;
-    unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys_across);
-    unpack_across<T>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns, values_across);
+    unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns,
+                                  keys_across);
+    unpack_across<T, Isa::kLanes>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns,
+                                  values_across);
     unpack<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_rows, s.width, keys);
     for (int64_t i = 0; i < 2 * s.key_rows * s.width; ++i)
       d_keys[i] = 0.0f; // and d_values
@@ -238,117 +243,118 @@ template <typename T> struct BackwardTask {
       const int64_t rows = round_up(count, kTileRows), first = first_query + begin;
       unpack<T>(p.q, head, first, count, p.head_dim, rows, s.width, queries);
       unpack<T>(p.out, head, first, count, p.head_dim, rows, s.width, d_outputs);
-      multiply({queries, s.width, 1}, {keys_across, 0, s.key_columns}, scores, s.key_columns, rows,
-               s.key_columns, p.head_dim, false);
-      multiply({d_outputs, s.width, 1}, {values_across, 0, s.key_columns}, d_scores, s.key_columns,
-               rows, s.key_columns, p.head_dim, false);
+      multiply<Isa>({queries, s.width, 1}, {keys_across, 0, s.key_columns}, scores, s.key_columns,
+                    rows, s.key_columns, p.head_dim, false);
+      multiply<Isa>({d_outputs, s.width, 1}, {values_across, 0, s.key_columns}, d_scores,
+                    s.key_columns, rows, s.key_columns, p.head_dim, false);
       const float* lse = p.lse + head * p.num_queries + first;
       for (int64_t row = 0; row < count; ++row)
-        score_gradients(scores + row * s.key_columns, d_scores + row * s.key_columns, s.keys,
-                        s.key_columns, p.scale, lse[row]);
-      multiply({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows, s.width,
-               s.keys, false);
+        score_gradients<Isa::kLanes>(scores + row * s.key_columns, d_scores + row * s.key_columns,
+                                     s.keys, s.key_columns, p.scale, lse[row]);
+      multiply<Isa>({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows,
+                    s.width, s.keys, false);
       pack<T>(d_queries, s.width, p.d_q, head, first, count, p.head_dim);
-      multiply({d_scores, 1, s.key_columns}, {queries, 0, s.width}, d_keys, s.width, s.key_rows,
-               s.width, count, true);
-      multiply({scores, 1, s.key_columns}, {d_outputs, 0, s.width}, d_values, s.width, s.key_rows,
-               s.width, count, true);
+      multiply<Isa>({d_scores, 1, s.key_columns}, {queries, 0, s.width}, d_keys, s.width,
+                    s.key_rows, s.width, count, true);
+      multiply<Isa>({scores, 1, s.key_columns}, {d_outputs, 0, s.width}, d_values, s.width,
+                    s.key_rows, s.width, count, true);
     }
     pack<T>(d_keys, s.width, p.d_k, head, first_key, s.keys, p.head_dim);
     pack<T>(d_values, s.width, p.d_v, head, first_key, s.keys, p.head_dim);
   }
 };
 
-struct Layout {
+struct Work {
   int64_t sequences, threads;
-  bool backward;
+  std::string dtype, level;
 };
 
-// Every thread takes each threads-th task: neighbours, of equal length, go to different ones.
-template <template <typename> class Task>
-void launch(const char* op, const Problem& p, const Layout& layout, const std::string& dtype,
-            const std::string& level_name) {
-  const Level level = choose_level(op, level_name);
-  with_float_type(op, "q", dtype, [&](auto type) {
+// The task with tiles that fit each instruction set's registers.
+template <template <typename, typename> class Task, typename T> auto task_at(Level level) {
+  if (level == Level::avx512)
+    return at_level<Task<T, Avx512>, Problem>(level);
+  if (level == Level::avx2)
+    return at_level<Task<T, Avx2>, Problem>(level);
+  return at_level<Task<T, Baseline>, Problem>(level);
+}
+
+template <template <typename, typename> class Task>
+void launch(const char* op, const Problem& p, const Work& work) {
+  const Level level = choose_level(op, work.level);
+  with_float_type(op, "q", work.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto* body = at_level<Task<T>, Problem>(level);
-    const int64_t tasks = layout.sequences * p.heads;
-    parallel_rows(layout.threads, tasks * kElementsPerThread, static_cast<int>(layout.threads),
-                  [&](int64_t first, int64_t last) {
-                    for (int64_t thread = first; thread < last; ++thread)
-                      for (int64_t task = thread; task < tasks; task += layout.threads)
-                        body(p, task, thread, 0);
-                  });
+    auto* body = task_at<Task, T>(level);
+    parallel_tasks(work.sequences * p.heads, work.threads,
+                   [&](int64_t task, int64_t thread) { body(p, task, thread, 0); });
   });
 }
 
-Heads heads_of(const py::tuple& view) {
+Heads heads_of(const py::kwargs& a, const char* name) {
+  const auto view = keyword<py::tuple>(a, name);
   return {reinterpret_cast<void*>(view[0].cast<uintptr_t>()), view[1].cast<int64_t>(),
           view[2].cast<int64_t>()};
 }
 
+// Padding is widest here; others need less.
+constexpr int kMostLanes = Avx512::kLanes;
+
 // Enough for every sequence of at most these lengths: a shorter one has larger blocks of queries,
 // but never more than kScoresPerBlock scores and a tile.
 int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, bool backward) {
-  const Sizes s = sizes_of(max_queries, max_keys, head_dim);
+  const Sizes s = sizes_of(max_queries, max_keys, head_dim, kMostLanes);
   const int64_t rows = round_up(std::max<int64_t>(max_queries, 1), kTileRows);
   const int64_t scores =
       std::min(rows * s.key_columns, kScoresPerBlock + kTileRows * s.key_columns);
   const int64_t across = s.width * s.key_columns, along = s.key_rows * s.width;
   const int64_t floats = backward ? 2 * across + 3 * along + 3 * rows * s.width + 2 * scores
                                   : across + along + 2 * rows * s.width + scores;
-  return round_up(floats, kLanes);
+  return round_up(floats, kMostLanes);
 }
 
-Problem problem_of(const char* op, uintptr_t lse, uintptr_t query_offsets, uintptr_t key_offsets,
-                   uintptr_t scratch, int64_t floats_per_thread, int64_t num_queries, int64_t heads,
-                   int64_t head_dim, float scale, int64_t threads) {
-  require(heads >= 0 && num_queries >= 0, op, "sizes must not be negative");
-  require(head_dim >= 1, op, "head_dim must be at least 1, got " + std::to_string(head_dim));
-  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
-  require(query_offsets != 0 && key_offsets != 0, op, "offsets must not be null pointers");
-  require(scratch != 0, op, "scratch must not be a null pointer");
+// What both directions take.
+Problem problem_of(const py::kwargs& a) {
   Problem p{};
-  p.lse = reinterpret_cast<float*>(lse);
-  p.query_offsets = reinterpret_cast<const int32_t*>(query_offsets);
-  p.key_offsets = reinterpret_cast<const int32_t*>(key_offsets);
-  p.scratch = reinterpret_cast<float*>(scratch);
-  p.floats_per_thread = floats_per_thread;
-  p.num_queries = num_queries;
-  p.heads = heads;
-  p.head_dim = head_dim;
-  p.scale = scale;
+  p.q = heads_of(a, "q"), p.k = heads_of(a, "k"), p.v = heads_of(a, "v");
+  p.lse = pointer<float>(a, "lse");
+  p.query_offsets = pointer<const int32_t>(a, "query_offsets");
+  p.key_offsets = pointer<const int32_t>(a, "key_offsets");
+  p.scratch = pointer<float>(a, "scratch");
+  p.floats_per_thread = keyword<int64_t>(a, "floats_per_thread");
+  p.num_queries = keyword<int64_t>(a, "num_queries");
+  p.heads = keyword<int64_t>(a, "heads");
+  p.head_dim = keyword<int64_t>(a, "head_dim");
+  p.scale = keyword<float>(a, "scale");
   return p;
 }
 
-void attention_forward(const py::tuple& q, const py::tuple& k, const py::tuple& v,
-                       const py::tuple& out, uintptr_t lse, uintptr_t query_offsets,
-                       uintptr_t key_offsets, uintptr_t scratch, int64_t floats_per_thread,
-                       int64_t sequences, int64_t num_queries, int64_t heads, int64_t head_dim,
-                       float scale, const std::string& dtype, int64_t threads,
-                       const std::string& level) {
-  constexpr const char* op = "attention_forward_cpu";
-  Problem p = problem_of(op, lse, query_offsets, key_offsets, scratch, floats_per_thread,
-                         num_queries, heads, head_dim, scale, threads);
-  p.q = heads_of(q), p.k = heads_of(k), p.v = heads_of(v), p.out = heads_of(out);
-  const py::gil_scoped_release release;
-  launch<ForwardTask>(op, p, {sequences, threads, false}, dtype, level);
+// Reads how to run, checks, lets go of the GIL and runs.
+template <template <typename, typename> class Task>
+void start(const char* op, const Problem& p, const py::kwargs& a) {
+  const Work work{keyword<int64_t>(a, "sequences"), keyword<int64_t>(a, "threads"),
+                  keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level")};
+  require_not_negative(op, "sequences", work.sequences);
+  require_not_negative(op, "num_queries", p.num_queries);
+  require_not_negative(op, "heads", p.heads);
+  require_positive(op, "head_dim", p.head_dim);
+  require_positive(op, "threads", work.threads);
+  require_pointer(op, "query_offsets", p.query_offsets);
+  require_pointer(op, "key_offsets", p.key_offsets);
+  require_pointer(op, "scratch", p.scratch);
+  const py::gil_scoped_release released;
+  launch<Task>(op, p, work);
 }
 
-void attention_backward(const py::tuple& d_out, const py::tuple& q, const py::tuple& k,
-                        const py::tuple& v, const py::tuple& d_q, const py::tuple& d_k,
-                        const py::tuple& d_v, uintptr_t lse, uintptr_t query_offsets,
-                        uintptr_t key_offsets, uintptr_t scratch, int64_t floats_per_thread,
-                        int64_t sequences, int64_t num_queries, int64_t heads, int64_t head_dim,
-                        float scale, const std::string& dtype, int64_t threads,
-                        const std::string& level) {
-  constexpr const char* op = "attention_backward_cpu";
-  Problem p = problem_of(op, lse, query_offsets, key_offsets, scratch, floats_per_thread,
-                         num_queries, heads, head_dim, scale, threads);
-  p.q = heads_of(q), p.k = heads_of(k), p.v = heads_of(v), p.out = heads_of(d_out);
-  p.d_q = heads_of(d_q), p.d_k = heads_of(d_k), p.d_v = heads_of(d_v);
-  const py::gil_scoped_release release;
-  launch<BackwardTask>(op, p, {sequences, threads, true}, dtype, level);
+void attention_forward(const py::kwargs& a) {
+  Problem p = problem_of(a);
+  p.out = heads_of(a, "out");
+  start<ForwardTask>("attention_forward_cpu", p, a);
+}
+
+void attention_backward(const py::kwargs& a) {
+  Problem p = problem_of(a);
+  p.out = heads_of(a, "d_out");
+  p.d_q = heads_of(a, "d_q"), p.d_k = heads_of(a, "d_k"), p.d_v = heads_of(a, "d_v");
+  start<BackwardTask>("attention_backward_cpu", p, a);
 }
 
 } // namespace
@@ -360,17 +366,8 @@ void bind_attention_cpu(py::module_& m) {
         "Floats of scratch that one thread needs for sequences of at most these lengths.",
         py::arg("max_queries"), py::arg("max_keys"), py::arg("head_dim"), py::arg("backward"));
   m.def("attention_forward_cpu", &attention_forward,
-        "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32.",
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
-        py::arg("query_offsets"), py::arg("key_offsets"), py::arg("scratch"),
-        py::arg("floats_per_thread"), py::arg("sequences"), py::arg("num_queries"),
-        py::arg("heads"), py::arg("head_dim"), py::arg("scale"), py::arg("dtype"),
-        py::arg("threads"), py::arg("level"));
+        "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; "
+        "query_offsets and key_offsets [S + 1] int32; scratch; sizes; by keyword.");
   m.def("attention_backward_cpu", &attention_backward,
-        "d_out, q, k, v -> d_q, d_k, d_v, each (pointer, row stride, head stride).",
-        py::arg("d_out"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("d_q"), py::arg("d_k"),
-        py::arg("d_v"), py::arg("lse"), py::arg("query_offsets"), py::arg("key_offsets"),
-        py::arg("scratch"), py::arg("floats_per_thread"), py::arg("sequences"),
-        py::arg("num_queries"), py::arg("heads"), py::arg("head_dim"), py::arg("scale"),
-        py::arg("dtype"), py::arg("threads"), py::arg("level"));
+        "As forward, with d_out -> d_q, d_k, d_v, each (pointer, row stride, head stride).");
 }

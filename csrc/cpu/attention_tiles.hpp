@@ -8,10 +8,26 @@
 
 namespace dinov2_fast {
 
-constexpr int kLanes = 16; // floats of a vector; narrower processors split it
-using Vector [[gnu::vector_size(4 * kLanes), gnu::aligned(4), gnu::may_alias]] = float;
+// What an instruction set gives a tile: floats of a vector, and vectors of a tile's row. Six rows
+// fill the registers of each: 24 of the 32 of AVX-512 and NEON, 12 of the 16 of the others. A wider
+// vector than the processor's would spill every sum at every step.
+template <int lanes, int vectors> struct Registers {
+  static constexpr int kLanes = lanes;
+  static constexpr int kVectors = vectors;
+};
 
-// Rows of a tile. Six rows by four vectors are 24 of the 32 registers of AVX-512.
+using Avx512 = Registers<16, 4>;
+using Avx2 = Registers<8, 2>;
+#if defined(__x86_64__)
+using Baseline = Registers<4, 2>;
+#else
+using Baseline = Registers<4, 4>;
+#endif
+
+template <int lanes> struct VectorOf {
+  typedef float type [[gnu::vector_size(4 * lanes), gnu::aligned(4), gnu::may_alias]];
+};
+
 constexpr int kTileRows = 6;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
@@ -20,7 +36,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 // Columns that a matrix of n keys is stored with: whole vectors, and as many as tiles of rows need
 // when the matrix is read transposed.
-constexpr int64_t padded(int64_t n) { return round_up(round_up(n, kTileRows), kLanes); }
+constexpr int64_t padded(int64_t n, int lanes) { return round_up(round_up(n, kTileRows), lanes); }
 
 struct Operand {
   const float* data;
@@ -28,9 +44,10 @@ struct Operand {
   int64_t k_stride;   // between steps of the sum
 };
 
-template <int kVectors>
+template <int kLanes, int kVectors>
 [[gnu::always_inline]] inline void tile(const Operand& a, const Operand& b, float* c,
                                         int64_t c_row_stride, int64_t steps, bool accumulate) {
+  using Vector = typename VectorOf<kLanes>::type;
   Vector sums[kTileRows][kVectors];
 #pragma GCC unroll 6
   for (int i = 0; i < kTileRows; ++i)
@@ -62,52 +79,51 @@ template <int kVectors>
 }
 
 // rows: rounded up to whole tiles by the caller's buffers; columns: a multiple of kLanes.
-template <int kVectors>
+template <int kLanes, int kVectors>
 [[gnu::always_inline]] inline void column_of_tiles(const Operand& a, const Operand& b, float* c,
                                                    int64_t c_row_stride, int64_t rows,
                                                    int64_t steps, bool accumulate) {
   for (int64_t row = 0; row < rows; row += kTileRows)
-    tile<kVectors>({a.data + row * a.row_stride, a.row_stride, a.k_stride}, b,
-                   c + row * c_row_stride, c_row_stride, steps, accumulate);
+    tile<kLanes, kVectors>({a.data + row * a.row_stride, a.row_stride, a.k_stride}, b,
+                           c + row * c_row_stride, c_row_stride, steps, accumulate);
 }
 
+template <typename Isa>
 [[gnu::always_inline]] inline void all_tiles(const Operand& a, const Operand& b, float* c,
                                              int64_t c_row_stride, int64_t rows, int64_t columns,
                                              int64_t steps, bool accumulate) {
-  constexpr int64_t kWide = 4 * kLanes;
+  constexpr int kLanes = Isa::kLanes;
+  constexpr int64_t kWide = Isa::kVectors * kLanes;
   int64_t column = 0;
   for (; column + kWide <= columns; column += kWide)
-    column_of_tiles<4>(a, {b.data + column, 0, b.k_stride}, c + column, c_row_stride, rows, steps,
-                       accumulate);
+    column_of_tiles<kLanes, Isa::kVectors>(a, {b.data + column, 0, b.k_stride}, c + column,
+                                           c_row_stride, rows, steps, accumulate);
   const Operand rest{b.data + column, 0, b.k_stride};
-  switch ((columns - column) / kLanes) {
-  case 3:
-    column_of_tiles<3>(a, rest, c + column, c_row_stride, rows, steps, accumulate);
-    break;
-  case 2:
-    column_of_tiles<2>(a, rest, c + column, c_row_stride, rows, steps, accumulate);
-    break;
-  case 1:
-    column_of_tiles<1>(a, rest, c + column, c_row_stride, rows, steps, accumulate);
-    break;
-  default:
-    break;
+  const int64_t vectors = (columns - column) / kLanes;
+  if constexpr (Isa::kVectors > 2) {
+    if (vectors == 3)
+      column_of_tiles<kLanes, 3>(a, rest, c + column, c_row_stride, rows, steps, accumulate);
+    if (vectors == 2)
+      column_of_tiles<kLanes, 2>(a, rest, c + column, c_row_stride, rows, steps, accumulate);
   }
+  if (vectors == 1)
+    column_of_tiles<kLanes, 1>(a, rest, c + column, c_row_stride, rows, steps, accumulate);
 }
 
 // Terms that are added one after the other; sums of so many are added in turn. One chain of
 // thousands would lose digits that a product of matrices in a library keeps.
 constexpr int64_t kStepsInARow = 320;
 
+template <typename Isa>
 [[gnu::always_inline]] inline void multiply(const Operand& a, const Operand& b, float* c,
                                             int64_t c_row_stride, int64_t rows, int64_t columns,
                                             int64_t steps, bool accumulate) {
   int64_t first = 0;
   do {
     const int64_t count = steps - first < kStepsInARow ? steps - first : kStepsInARow;
-    all_tiles({a.data + first * a.k_stride, a.row_stride, a.k_stride},
-              {b.data + first * b.k_stride, 0, b.k_stride}, c, c_row_stride, rows, columns, count,
-              accumulate || first > 0);
+    all_tiles<Isa>({a.data + first * a.k_stride, a.row_stride, a.k_stride},
+                   {b.data + first * b.k_stride, 0, b.k_stride}, c, c_row_stride, rows, columns,
+                   count, accumulate || first > 0);
     first += count;
   } while (first < steps);
 }

@@ -5,9 +5,8 @@
 // in one pass; sums are kept per block of columns and added in double, so K does not spoil them.
 #include "check.hpp"
 #include "cpu/exp_any.hpp"
-#include "cpu/level.hpp"
-#include "cpu/parallel.hpp"
-#include "cpu/scalar_math.hpp"
+#include "cpu/rows.hpp"
+#include "keywords.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -281,14 +280,8 @@ void check_params(const char* op, const Params& p, int threads) {
   require_matrix(op, "student", p.student, p.rows, p.prototypes, p.student_row_stride, false);
   require_matrix(op, "teacher", p.teacher, p.num_teacher_rows, p.prototypes, p.teacher_row_stride,
                  false);
-  for (int64_t i = 0; i < p.rows * p.num_teachers; ++i)
-    require(p.teacher_rows[i] >= -1 && p.teacher_rows[i] < p.num_teacher_rows, op,
-            "teacher_rows must be in [-1, " + std::to_string(p.num_teacher_rows) + "), got " +
-                std::to_string(p.teacher_rows[i]));
-}
-
-template <typename T> T* pointer(const py::kwargs& a, const char* name) {
-  return reinterpret_cast<T*>(a[name].cast<uintptr_t>());
+  require_within(op, "teacher_rows", p.teacher_rows, p.rows * p.num_teachers, -1,
+                 p.num_teacher_rows);
 }
 
 // Arguments that all three functions take, by name: they are too many to keep in order.

@@ -22,8 +22,8 @@ struct Backward {
   const void* da;   // [R, F]; may be the same rows as activation
   const void* x;    // [R, F]; may be the same rows as dx
   void* dx;         // [R, F]
-  void* activation; // [R, F] or null
-  float* partial;   // [blocks, F], the sums of dx over the rows of each block
+  void* activation; // [R, F] or null: not wanted
+  float* partials;  // [blocks, F] sums of dx over the rows of each block, or null: not wanted
   int64_t width;
   int64_t da_row_stride;
   int64_t x_row_stride;
@@ -78,11 +78,11 @@ template <typename T> struct ForwardRows {
   }
 };
 
-template <typename T, bool kKeepsActivation> struct BackwardRows {
+template <typename T, bool kKeepsActivation, bool kKeepsSums> struct BackwardRows {
   [[gnu::always_inline]] static inline void run(const Backward& p, int64_t block, int64_t begin,
                                                 int64_t end) {
-    float* __restrict sums = p.partial + block * p.width;
-    for (int64_t i = 0; i < p.width; ++i)
+    float* __restrict sums = p.partials + (kKeepsSums ? block * p.width : 0);
+    for (int64_t i = 0; kKeepsSums && i < p.width; ++i)
       sums[i] = 0.0f;
     for (int64_t row = begin; row < end; ++row) {
       const T* da = static_cast<const T*>(p.da) + row * p.da_row_stride;
@@ -98,7 +98,8 @@ template <typename T, bool kKeepsActivation> struct BackwardRows {
         // Far out the density is 0, and infinity times it would not be.
         const float bounded = value < -20.0f || value > 20.0f ? 0.0f : slope;
         const float result = gradient * (at.cumulative + bounded);
-        sums[i] += result;
+        if (kKeepsSums)
+          sums[i] += result;
         store(dx[i], result);
         if (kKeepsActivation)
           store(activation[i], gelu(value, at.cumulative));
@@ -107,14 +108,27 @@ template <typename T, bool kKeepsActivation> struct BackwardRows {
   }
 };
 
+template <typename T> auto backward_at(const Backward& p, Level level) {
+  if (p.activation != nullptr)
+    return p.partials != nullptr ? at_level<BackwardRows<T, true, true>, Backward>(level)
+                                 : at_level<BackwardRows<T, true, false>, Backward>(level);
+  return p.partials != nullptr ? at_level<BackwardRows<T, false, true>, Backward>(level)
+                               : at_level<BackwardRows<T, false, false>, Backward>(level);
+}
+
+void require_sizes(const char* op, int64_t rows, int64_t width, int threads) {
+  require_not_negative(op, "rows", rows);
+  require_not_negative(op, "width", width);
+  require_positive(op, "threads", threads);
+}
+
 void gelu_forward(uintptr_t x, uintptr_t a, int64_t rows, int64_t width, int64_t x_row_stride,
                   int64_t a_row_stride, const std::string& dtype, int threads,
                   const std::string& level_name) {
   constexpr const char* op = "gelu_forward_cpu";
   const Forward p{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(a), width, x_row_stride,
                   a_row_stride};
-  require(rows >= 0 && width >= 0, op, "rows and width must not be negative");
-  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
+  require_sizes(op, rows, width, threads);
   require_matrix(op, "x", p.x, rows, width, x_row_stride, false);
   require_matrix(op, "a", p.a, rows, width, a_row_stride, true);
   const Level level = choose_level(op, level_name);
@@ -126,24 +140,24 @@ void gelu_forward(uintptr_t x, uintptr_t a, int64_t rows, int64_t width, int64_t
   });
 }
 
-void gelu_backward(uintptr_t da, uintptr_t x, uintptr_t dx, uintptr_t activation, uintptr_t partial,
-                   int64_t rows, int64_t width, int64_t rows_per_block, int64_t da_row_stride,
-                   int64_t x_row_stride, int64_t dx_row_stride, int64_t activation_row_stride,
-                   const std::string& dtype, int threads, const std::string& level_name) {
+void gelu_backward(uintptr_t da, uintptr_t x, uintptr_t dx, uintptr_t activation,
+                   uintptr_t partials, int64_t rows, int64_t width, int64_t block_rows,
+                   int64_t da_row_stride, int64_t x_row_stride, int64_t dx_row_stride,
+                   int64_t activation_row_stride, const std::string& dtype, int threads,
+                   const std::string& level_name) {
   constexpr const char* op = "gelu_backward_cpu";
   const Backward p{reinterpret_cast<const void*>(da),
                    reinterpret_cast<const void*>(x),
                    reinterpret_cast<void*>(dx),
                    reinterpret_cast<void*>(activation),
-                   reinterpret_cast<float*>(partial),
+                   reinterpret_cast<float*>(partials),
                    width,
                    da_row_stride,
                    x_row_stride,
                    dx_row_stride,
                    activation_row_stride};
-  require(rows >= 0 && width >= 0, op, "rows and width must not be negative");
-  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
-  require(rows_per_block >= 1, op, "rows_per_block must be at least 1");
+  require_sizes(op, rows, width, threads);
+  require_positive(op, "block_rows", block_rows);
   require_matrix(op, "da", p.da, rows, width, da_row_stride, false);
   require_matrix(op, "x", p.x, rows, width, x_row_stride, false);
   require_matrix(op, "dx", p.dx, rows, width, dx_row_stride, true);
@@ -152,14 +166,9 @@ void gelu_backward(uintptr_t da, uintptr_t x, uintptr_t dx, uintptr_t activation
   const Level level = choose_level(op, level_name);
   with_float_type(op, "x", dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto* body = p.activation != nullptr ? at_level<BackwardRows<T, true>, Backward>(level)
-                                         : at_level<BackwardRows<T, false>, Backward>(level);
-    // Blocks do not depend on the threads, and so neither do the sums.
-    const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-    parallel_rows(blocks, width * rows_per_block, threads, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; ++block)
-        body(p, block, block * rows_per_block, std::min(rows, (block + 1) * rows_per_block));
-    });
+    auto* body = backward_at<T>(p, level);
+    parallel_blocks(rows, block_rows, width, threads,
+                    [&](int64_t block, int64_t begin, int64_t end) { body(p, block, begin, end); });
   });
 }
 
@@ -174,9 +183,10 @@ void bind_gelu_cpu(py::module_& m) {
         py::arg("a_row_stride"), py::arg("dtype"), py::arg("threads"), py::arg("level"),
         py::call_guard<py::gil_scoped_release>());
   m.def("gelu_backward_cpu", &gelu_backward,
-        "da, x [R, F] -> dx [R, F], activation [R, F] unless null, partial [blocks, F] float32.",
-        py::arg("da"), py::arg("x"), py::arg("dx"), py::arg("activation"), py::arg("partial"),
-        py::arg("rows"), py::arg("width"), py::arg("rows_per_block"), py::arg("da_row_stride"),
+        "da, x [R, F] -> dx [R, F], and unless null activation [R, F] and partials [blocks, F] "
+        "float32.",
+        py::arg("da"), py::arg("x"), py::arg("dx"), py::arg("activation"), py::arg("partials"),
+        py::arg("rows"), py::arg("width"), py::arg("block_rows"), py::arg("da_row_stride"),
         py::arg("x_row_stride"), py::arg("dx_row_stride"), py::arg("activation_row_stride"),
         py::arg("dtype"), py::arg("threads"), py::arg("level"),
         py::call_guard<py::gil_scoped_release>());

@@ -172,8 +172,7 @@ void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t
                         uintptr_t mean, uintptr_t rstd, int64_t num_x_rows, int64_t num_rows,
                         int64_t channels, int64_t x_row_stride, int64_t y_row_stride, double eps,
                         const std::string& x_dtype, const std::string& y_dtype, int threads,
-                        const std::string& level_name) {
-  constexpr const char* op = "layer_norm_forward_cpu";
+                        const std::string& level_name, const char* op) {
   const Forward p{reinterpret_cast<const void*>(x),
                   reinterpret_cast<const float*>(weight),
                   reinterpret_cast<const float*>(bias),
@@ -210,8 +209,8 @@ void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t shift, uintpt
                          int64_t channels, int64_t block_rows, int64_t dy_row_stride,
                          int64_t source_row_stride, int64_t dx_row_stride, bool add,
                          const std::string& dy_dtype, const std::string& source_dtype,
-                         const std::string& dx_dtype, int threads, const std::string& level_name) {
-  constexpr const char* op = "layer_norm_backward_cpu";
+                         const std::string& dx_dtype, int threads, const std::string& level_name,
+                         const char* op) {
   const Backward p{reinterpret_cast<const void*>(dy),
                    reinterpret_cast<const void*>(source),
                    reinterpret_cast<const float*>(shift),
@@ -270,7 +269,7 @@ void bind_layer_norm_cpu(py::module_& m) {
         py::arg("mean"), py::arg("rstd"), py::arg("num_x_rows"), py::arg("num_rows"),
         py::arg("channels"), py::arg("x_row_stride"), py::arg("y_row_stride"), py::arg("eps"),
         py::arg("x_dtype"), py::arg("y_dtype"), py::arg("threads"), py::arg("level"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("op") = "layer_norm_forward_cpu", py::call_guard<py::gil_scoped_release>());
   m.def("layer_norm_backward_cpu", &layer_norm_backward,
         "dy [R, C], source with shift and inverse [C] (or mean and rstd [R]) -> dx, overwritten or "
         "added to, and sums [2, C] for weight and bias over partials [blocks, 2, C]; pointers, "
@@ -281,5 +280,6 @@ void bind_layer_norm_cpu(py::module_& m) {
         py::arg("num_dx_rows"), py::arg("num_rows"), py::arg("channels"), py::arg("block_rows"),
         py::arg("dy_row_stride"), py::arg("source_row_stride"), py::arg("dx_row_stride"),
         py::arg("add"), py::arg("dy_dtype"), py::arg("source_dtype"), py::arg("dx_dtype"),
-        py::arg("threads"), py::arg("level"), py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::arg("level"), py::arg("op") = "layer_norm_backward_cpu",
+        py::call_guard<py::gil_scoped_release>());
 }

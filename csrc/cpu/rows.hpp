@@ -24,8 +24,7 @@ void with_float_type(const char* op, const char* name, const std::string& dtype,
   else if (dtype == "bfloat16")
     body(FloatType<bfloat16>());
   else
-    throw pybind11::value_error(std::string(op) + ": " + name +
-                                " must be float32 or bfloat16, got " + dtype);
+    refuse(op, std::string(name) + " must be float32 or bfloat16, got " + dtype);
 }
 
 // Kernel::run(p, block, first row, end row) on the instruction set of each level. Kernel::run is
@@ -74,33 +73,42 @@ template <typename T> [[gnu::always_inline]] inline void prefetch_row(const T* r
     __builtin_prefetch(row + i);
 }
 
-// A traced program never looks at the numbers, so the kernels do before they write anywhere.
-inline void require_rows(const char* op, const int64_t* rows, int64_t num_rows, int64_t available) {
-  require(num_rows >= 0, op, "num_rows must not be negative, got " + std::to_string(num_rows));
-  if (rows == nullptr) {
-    require(num_rows <= available, op,
-            "num_rows must be at most " + std::to_string(available) + ", got " +
-                std::to_string(num_rows));
+// Refuses row numbers outside [low, high), in one pass without branches; low is 0 or -1. Neither
+// a traced program nor the caller looks at the numbers, so kernels do before they write anywhere.
+inline void require_within(const char* op, const char* name, const int64_t* numbers, int64_t count,
+                           int64_t low, int64_t high) {
+  uint64_t outside = 0; // a number outside sets the sign bit
+#pragma omp simd reduction(| : outside)
+  for (int64_t i = 0; i < count; ++i) {
+    const auto number = static_cast<uint64_t>(numbers[i]);
+    outside |= (number - static_cast<uint64_t>(low)) | (static_cast<uint64_t>(high - 1) - number);
+  }
+  if (outside >> 63 == 0)
     return;
-  }
-  int64_t low = 0, high = -1;
-  for (int64_t i = 0; i < num_rows; ++i) {
-    low = std::min(low, rows[i]);
-    high = std::max(high, rows[i]);
-  }
-  require(low >= 0 && high < available, op,
-          "rows must be in [0, " + std::to_string(available) + "), got " + std::to_string(low) +
-              " to " + std::to_string(high));
+  const auto [least, most] = std::minmax_element(numbers, numbers + count);
+  refuse(op, std::string(name) + " must be in [" + std::to_string(low) + ", " +
+                 std::to_string(high) + "), got " + std::to_string(*least) + " to " +
+                 std::to_string(*most));
+}
+
+inline void require_rows(const char* op, const int64_t* rows, int64_t num_rows, int64_t available) {
+  require_not_negative(op, "num_rows", num_rows);
+  if (rows != nullptr)
+    require_within(op, "rows", rows, num_rows, 0, available);
+  else if (num_rows > available)
+    refuse(op, "num_rows must be at most " + std::to_string(available) + ", got " +
+                   std::to_string(num_rows));
 }
 
 inline void require_numbers(const char* op, int64_t channels, int threads, int64_t block_rows = 1) {
-  require(channels >= 1, op, "channels must be at least 1, got " + std::to_string(channels));
-  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
-  require(block_rows >= 1, op, "block_rows must be at least 1, got " + std::to_string(block_rows));
+  require_positive(op, "channels", channels);
+  require_positive(op, "threads", threads);
+  require_positive(op, "block_rows", block_rows);
 }
 
 inline void require_vector(const char* op, const char* name, const void* pointer, int64_t size) {
-  require(size == 0 || pointer != nullptr, op, std::string(name) + " must not be a null pointer");
+  if (size > 0)
+    require_pointer(op, name, pointer);
 }
 
 inline int64_t blocks_of(int64_t num_rows, int64_t block_rows) {

@@ -107,8 +107,7 @@ void stochastic_depth_forward(uintptr_t x, uintptr_t residual, uintptr_t rows, u
                               uintptr_t gamma, int64_t num_x_rows, int64_t num_rows,
                               int64_t channels, int64_t x_row_stride, int64_t residual_row_stride,
                               const std::string& x_dtype, const std::string& residual_dtype,
-                              int threads, const std::string& level_name) {
-  constexpr const char* op = "stochastic_depth_forward_cpu";
+                              int threads, const std::string& level_name, const char* op) {
   const Forward p{reinterpret_cast<void*>(x),
                   reinterpret_cast<const void*>(residual),
                   reinterpret_cast<const int64_t*>(rows),
@@ -141,8 +140,7 @@ void stochastic_depth_backward(uintptr_t dx, uintptr_t residual, uintptr_t rows,
                                int64_t dx_row_stride, int64_t residual_row_stride,
                                int64_t g_row_stride, const std::string& dx_dtype,
                                const std::string& g_dtype, int threads,
-                               const std::string& level_name) {
-  constexpr const char* op = "stochastic_depth_backward_cpu";
+                               const std::string& level_name, const char* op) {
   const Backward p{reinterpret_cast<const void*>(dx),
                    reinterpret_cast<const void*>(residual),
                    reinterpret_cast<const int64_t*>(rows),
@@ -159,7 +157,8 @@ void stochastic_depth_backward(uintptr_t dx, uintptr_t residual, uintptr_t rows,
   require_matrix(op, "dx", p.dx, num_dx_rows, channels, dx_row_stride, false);
   require_matrix(op, "g", p.g, num_rows, channels, g_row_stride, true);
   require_vector(op, "gamma", p.gamma, channels);
-  require(partials == 0 || sums != 0, op, "sums must not be a null pointer where partials is none");
+  require(partials == 0 || sums != 0, op,
+          "sums must not be a null pointer where partials is given");
   const Level level = choose_level(op, level_name);
   with_float_type(op, "dx", dx_dtype, [&](auto dx_type) {
     with_float_type(op, "g", g_dtype, [&](auto g_type) {
@@ -186,7 +185,8 @@ void bind_stochastic_depth_cpu(py::module_& m) {
         py::arg("x"), py::arg("residual"), py::arg("rows"), py::arg("row_scale"), py::arg("gamma"),
         py::arg("num_x_rows"), py::arg("num_rows"), py::arg("channels"), py::arg("x_row_stride"),
         py::arg("residual_row_stride"), py::arg("x_dtype"), py::arg("residual_dtype"),
-        py::arg("threads"), py::arg("level"), py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::arg("level"), py::arg("op") = "stochastic_depth_forward_cpu",
+        py::call_guard<py::gil_scoped_release>());
   m.def("stochastic_depth_backward_cpu", &stochastic_depth_backward,
         "dx [T, C] at rows [R] * row_scale [R] * gamma [C] -> g [R, C], and sums [C] of "
         "dx * row_scale * residual over partials [blocks, C], or 0; pointers, sizes and row "
@@ -196,5 +196,5 @@ void bind_stochastic_depth_cpu(py::module_& m) {
         py::arg("num_rows"), py::arg("channels"), py::arg("block_rows"), py::arg("dx_row_stride"),
         py::arg("residual_row_stride"), py::arg("g_row_stride"), py::arg("dx_dtype"),
         py::arg("g_dtype"), py::arg("threads"), py::arg("level"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("op") = "stochastic_depth_backward_cpu", py::call_guard<py::gil_scoped_release>());
 }

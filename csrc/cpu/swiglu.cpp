@@ -22,8 +22,8 @@ struct Backward {
   const void* dh;  // [R, F]; may be the same rows as h
   const void* x12; // [R, 2F]; may be the same rows as dx12
   void* dx12;      // [R, 2F]
-  void* h;         // [R, F] or null
-  float* partial;  // [blocks, 2F], the sums of dx12 over the rows of each block
+  void* h;         // [R, F] or null: not wanted
+  float* partials; // [blocks, 2F] sums of dx12 over the rows of each block, or null: not wanted
   int64_t hidden;
   int64_t dh_row_stride;
   int64_t x12_row_stride;
@@ -48,12 +48,12 @@ template <typename T> struct ForwardRows {
   }
 };
 
-template <typename T, bool kKeepsHidden> struct BackwardRows {
+template <typename T, bool kKeepsHidden, bool kKeepsSums> struct BackwardRows {
   [[gnu::always_inline]] static inline void run(const Backward& p, int64_t block, int64_t begin,
                                                 int64_t end) {
     const int64_t hidden = p.hidden;
-    float* __restrict sums = p.partial + block * 2 * hidden;
-    for (int64_t i = 0; i < 2 * hidden; ++i)
+    float* __restrict sums = p.partials + (kKeepsSums ? block * 2 * hidden : 0);
+    for (int64_t i = 0; kKeepsSums && i < 2 * hidden; ++i)
       sums[i] = 0.0f;
     for (int64_t row = begin; row < end; ++row) {
       const T* dh = static_cast<const T*>(p.dh) + row * p.dh_row_stride;
@@ -69,8 +69,10 @@ template <typename T, bool kKeepsHidden> struct BackwardRows {
         const float s = sigmoid(gate);
         const float first = gradient * value * (s * (1.0f + gate * (1.0f - s)));
         const float second = gradient * (gate * s);
-        sums[i] += first;
-        sums[hidden + i] += second;
+        if (kKeepsSums) {
+          sums[i] += first;
+          sums[hidden + i] += second;
+        }
         store(dx1[i], first);
         store(dx2[i], second);
         if (kKeepsHidden)
@@ -80,10 +82,18 @@ template <typename T, bool kKeepsHidden> struct BackwardRows {
   }
 };
 
+template <typename T> auto backward_at(const Backward& p, Level level) {
+  if (p.h != nullptr)
+    return p.partials != nullptr ? at_level<BackwardRows<T, true, true>, Backward>(level)
+                                 : at_level<BackwardRows<T, true, false>, Backward>(level);
+  return p.partials != nullptr ? at_level<BackwardRows<T, false, true>, Backward>(level)
+                               : at_level<BackwardRows<T, false, false>, Backward>(level);
+}
+
 void require_sizes(const char* op, int64_t rows, int64_t hidden, int threads) {
-  require(rows >= 0, op, "rows must not be negative, got " + std::to_string(rows));
-  require(hidden >= 0, op, "hidden must not be negative, got " + std::to_string(hidden));
-  require(threads >= 1, op, "threads must be at least 1, got " + std::to_string(threads));
+  require_not_negative(op, "rows", rows);
+  require_not_negative(op, "hidden", hidden);
+  require_positive(op, "threads", threads);
 }
 
 void swiglu_forward(uintptr_t x12, uintptr_t h, int64_t rows, int64_t hidden,
@@ -104,8 +114,8 @@ void swiglu_forward(uintptr_t x12, uintptr_t h, int64_t rows, int64_t hidden,
   });
 }
 
-void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, uintptr_t h, uintptr_t partial,
-                     int64_t rows, int64_t hidden, int64_t rows_per_block, int64_t dh_row_stride,
+void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, uintptr_t h, uintptr_t partials,
+                     int64_t rows, int64_t hidden, int64_t block_rows, int64_t dh_row_stride,
                      int64_t x12_row_stride, int64_t dx12_row_stride, int64_t h_row_stride,
                      const std::string& dtype, int threads, const std::string& level_name) {
   constexpr const char* op = "swiglu_backward_cpu";
@@ -113,14 +123,14 @@ void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, uintptr_t h, u
                    reinterpret_cast<const void*>(x12),
                    reinterpret_cast<void*>(dx12),
                    reinterpret_cast<void*>(h),
-                   reinterpret_cast<float*>(partial),
+                   reinterpret_cast<float*>(partials),
                    hidden,
                    dh_row_stride,
                    x12_row_stride,
                    dx12_row_stride,
                    h_row_stride};
   require_sizes(op, rows, hidden, threads);
-  require(rows_per_block >= 1, op, "rows_per_block must be at least 1");
+  require_positive(op, "block_rows", block_rows);
   require_matrix(op, "dh", p.dh, rows, hidden, dh_row_stride, false);
   require_matrix(op, "x12", p.x12, rows, 2 * hidden, x12_row_stride, false);
   require_matrix(op, "dx12", p.dx12, rows, 2 * hidden, dx12_row_stride, true);
@@ -129,14 +139,9 @@ void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, uintptr_t h, u
   const Level level = choose_level(op, level_name);
   with_float_type(op, "x12", dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto* body = p.h != nullptr ? at_level<BackwardRows<T, true>, Backward>(level)
-                                : at_level<BackwardRows<T, false>, Backward>(level);
-    // Blocks do not depend on the threads, and so neither do the sums.
-    const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-    parallel_rows(blocks, hidden * rows_per_block, threads, [&](int64_t first, int64_t last) {
-      for (int64_t block = first; block < last; ++block)
-        body(p, block, block * rows_per_block, std::min(rows, (block + 1) * rows_per_block));
-    });
+    auto* body = backward_at<T>(p, level);
+    parallel_blocks(rows, block_rows, hidden, threads,
+                    [&](int64_t block, int64_t begin, int64_t end) { body(p, block, begin, end); });
   });
 }
 
@@ -152,9 +157,10 @@ void bind_swiglu_cpu(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
   m.def(
       "swiglu_backward_cpu", &swiglu_backward,
-      "dh [R, F], x12 [R, 2F] -> dx12 [R, 2F], h [R, F] unless null, partial [blocks, 2F] float32.",
-      py::arg("dh"), py::arg("x12"), py::arg("dx12"), py::arg("h"), py::arg("partial"),
-      py::arg("rows"), py::arg("hidden"), py::arg("rows_per_block"), py::arg("dh_row_stride"),
+      "dh [R, F], x12 [R, 2F] -> dx12 [R, 2F], and unless null h [R, F] and partials [blocks, 2F] "
+      "float32.",
+      py::arg("dh"), py::arg("x12"), py::arg("dx12"), py::arg("h"), py::arg("partials"),
+      py::arg("rows"), py::arg("hidden"), py::arg("block_rows"), py::arg("dh_row_stride"),
       py::arg("x12_row_stride"), py::arg("dx12_row_stride"), py::arg("h_row_stride"),
       py::arg("dtype"), py::arg("threads"), py::arg("level"),
       py::call_guard<py::gil_scoped_release>());

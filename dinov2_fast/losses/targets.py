@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fast.config import LossConfig
 from dinov2_fast.distributed import all_reduce_sum
-from dinov2_fast.ops.sinkhorn import sinkhorn
+from dinov2_fast.ops.sinkhorn import row_logsumexp, sinkhorn
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SoftmaxCentering(nn.Module):
     def forward(self, logits: Tensor, *, temperature: float) -> SoftTargets:
         """Targets of teacher scores [R, K] with the centre of the earlier calls."""
         log_u = -self.center / temperature
-        log_v = -torch.logsumexp(logits.to(log_u.dtype) / temperature + log_u, dim=1)  # [R]
+        log_v = -row_logsumexp(logits, log_u, temperature=temperature)  # [R]
         self._update(logits)
         return SoftTargets(logits, log_u, log_v, temperature)
 

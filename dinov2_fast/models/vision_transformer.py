@@ -49,7 +49,8 @@ class VisionTransformer(nn.Module):
             every block.
         layer_scale: initial value of the LayerScale vectors.
         position_resize: see `resize_position_embedding`.
-        recompute: what blocks compute anew in the backward pass instead of keeping it.
+        recompute: what blocks compute anew in the backward pass instead of keeping it; module by
+            module (hooks, adapters, torch.compile) it has no effect.
     Raises:
         ValueError: numbers that do not make a model.
     """
@@ -204,14 +205,11 @@ class VisionTransformer(nn.Module):
             CLS tokens [sum of B_i, C] and patches [M, C], after the final norm.
         """
         x, pack = pack_tokens([self._tokens(*pair) for pair in zip(batches, masks, strict=True)])
-        length = pack.groups[0][1]  # tokens of an image of the first batch
         first_patch = 1 + self.num_registers
-        image, patch = (
-            patch_indices // (length - first_patch),
-            patch_indices % (length - first_patch),
-        )
+        images = patch_indices // (pack.groups[0][1] - first_patch)  # by patches per image
         cls_rows = pack.offsets[:-1].long()
-        rows = torch.cat([cls_rows, image * length + first_patch + patch])
+        # Before a patch stand the CLS and register tokens of its image and of all images before.
+        rows = torch.cat([cls_rows, patch_indices + (images + 1) * first_patch])
         normed = self.norm(self._blocks(x, pack, generator, wanted=rows), rows=rows)
         return normed[: len(cls_rows)], normed[len(cls_rows) :]
 

@@ -45,7 +45,9 @@ class Block(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         eps: of both norms.
         recompute: what the backward pass computes anew instead of keeping it: `none`, `mlp` (the
-            hidden layer) or `block` (queries, keys and values too).
+            hidden layer) or `block` (queries, keys and values too). It has no effect where
+            the block runs module by module: with hooks, adapters, `torch.compile` or
+            DINOV2_FAST_BLOCK=plain.
     Raises:
         ValueError: unknown ffn or recompute, or a drop_ratio outside [0, 1).
     """

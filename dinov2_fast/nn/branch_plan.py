@@ -27,7 +27,8 @@ class BranchPlan:
         num_heads: H, of an attention branch.
         head_dim: D, of an attention branch.
         swiglu: whether the feed-forward layer is gated.
-        recompute: what the backward pass computes anew rather than keeps.
+        recompute: what the backward pass computes anew rather than keeps; modules under plain
+            autograd have no plan and keep everything.
         queries: [Q] int64 positions among the rows for which attention is computed; None is all.
         query_rows: the rows of the stream they stand for, their factors and their layout.
     """
@@ -49,14 +50,10 @@ class BranchPlan:
         return None if self.kept is None else self.kept.rows
 
     @property
-    def row_scale(self) -> Tensor | None:
-        """Factor of each of those rows; None is 1."""
-        return None if self.kept is None else self.kept.row_scale
-
-    @property
-    def output(self) -> KeptRows | None:
-        """Rows the branch adds to; None is all of them."""
-        return self.kept if self.query_rows is None else self.query_rows
+    def output(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows the branch adds to and their factors; None is all of them, and 1."""
+        added = self.kept if self.query_rows is None else self.query_rows
+        return (None, None) if added is None else (added.rows, added.row_scale)
 
 
 def wanted_queries(plan: BranchPlan, wanted: Tensor, num_rows: int) -> BranchPlan:

@@ -5,6 +5,9 @@ keeps, for its kept rows only: the norm's output and reciprocal deviation; queri
 attention output and log-sum-exp; or the hidden pre-activation. What is left out comes back in the
 backward pass: the norm's input from its output, LayerScale's gradient from that of the projection's
 weight, the activation from its input.
+
+A tensor hook on the stream between two blocks sees that one buffer: it must copy the gradient it
+keeps, since the branches below overwrite it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dinov2_fast.ops import _matmul as matmul
 from dinov2_fast.ops.attention import attention_backward, attention_forward
 from dinov2_fast.ops.gelu import gelu, gelu_backward_
 from dinov2_fast.ops.layer_norm import can_rebuild, layer_norm_backward_, layer_norm_forward
-from dinov2_fast.ops.stochastic_depth import KeptRows, gather_scaled, scatter_add_scaled_
+from dinov2_fast.ops.stochastic_depth import gather_scaled, scatter_add_scaled_
 from dinov2_fast.ops.swiglu import swiglu, swiglu_backward_
 from dinov2_fast.packing import Pack
 
@@ -51,7 +54,7 @@ class AttentionBranch(torch.autograd.Function):
             q, k, v, plan.pack, scale=plan.head_dim**-0.5, q_pack=_query_pack(plan)
         )
         branch = matmul.linear(out.flatten(1), proj_weight, proj_bias)  # [R, C]
-        _add_(x, branch, gamma, plan.output)
+        scatter_add_scaled_(x, branch, *plan.output, gamma)
         if plan.recompute == "block":
             projected = (None, None)
         _keep(ctx, x, plan, parameters, (normed, rstd, out, lse, *projected))
@@ -64,7 +67,7 @@ class AttentionBranch(torch.autograd.Function):
         plan, parameters, (normed, rstd, out, lse, *projected) = _kept(ctx)
         norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma = parameters
         stream = _owned(grad)
-        g, sums = _scaled_gradient(stream, plan.output, out.dtype)  # [R, C]
+        g, sums = gather_scaled(stream, *plan.output, out_dtype=out.dtype)  # [R, C]
         d_proj = _scaled_weight_gradients(g, sums, out.flatten(1), proj_weight, proj_bias, gamma)
         d_out = matmul.input_gradient(g, _scaled_rows(proj_weight, gamma)).view(out.shape)
         y = _norm_output(normed, norm_weight, norm_bias, ctx.rebuild)
@@ -81,6 +84,7 @@ class AttentionBranch(torch.autograd.Function):
             lse,
             plan.pack,
             scale=plan.head_dim**-0.5,
+            out=out,
             q_pack=_query_pack(plan),
             d_q=d_q,
             d_k=d_k,
@@ -123,7 +127,7 @@ class FeedForwardBranch(torch.autograd.Function):
         hidden = matmul.linear(y, first_weight, first_bias)  # [R, F] or [R, 2F]
         activation = swiglu(hidden) if plan.swiglu else gelu(hidden)  # [R, F]
         branch = matmul.linear(activation, second_weight, second_bias)  # [R, C]
-        _add_(x, branch, gamma, plan.output)
+        scatter_add_scaled_(x, branch, *plan.output, gamma)
         _keep(
             ctx,
             x,
@@ -146,7 +150,7 @@ class FeedForwardBranch(torch.autograd.Function):
         # A copy, since a caller that retains the graph may come back.
         kept = hidden
         hidden = matmul.linear(y, first_weight, first_bias) if kept is None else kept.clone()
-        g, sums = _scaled_gradient(stream, plan.output, y.dtype)  # [R, C]
+        g, sums = gather_scaled(stream, *plan.output, out_dtype=y.dtype)  # [R, C]
         activation = matmul.input_gradient(g, _scaled_rows(second_weight, gamma))  # d_activation
         backward_ = swiglu_backward_ if plan.swiglu else gelu_backward_
         d_first_bias = backward_(activation, hidden)  # activation and d_hidden from here on
@@ -212,23 +216,6 @@ def _query_pack(plan: BranchPlan) -> Pack | None:
     return None if plan.query_rows is None else plan.query_rows.pack
 
 
-def _add_(x: Tensor, branch: Tensor, gamma: Tensor | None, to: KeptRows | None) -> None:
-    """Add a branch's output to the stream."""
-    if to is None:
-        scatter_add_scaled_(x, branch, None, None, gamma)
-    else:
-        scatter_add_scaled_(x, branch, to.rows, to.row_scale, gamma)
-
-
-def _scaled_gradient(
-    stream: Tensor, of: KeptRows | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The stream's gradient at a branch's output before LayerScale, and its column sums."""
-    if of is None:
-        return gather_scaled(stream, None, None, out_dtype=dtype)
-    return gather_scaled(stream, of.rows, of.row_scale, out_dtype=dtype)
-
-
 def _keep(
     ctx: Any,
     x: Tensor,
@@ -285,7 +272,8 @@ def _norm_output(normed: Tensor, weight: Tensor, bias: Tensor, rebuild: bool) ->
     """The norm's output out of what `_norm_forward` kept."""
     if rebuild:
         return normed
-    return torch.addcmul(bias, normed.to(weight.dtype), weight).to(normed.dtype)
+    # In the weight's type, and rounded on the way out: no copy of the rows in that type.
+    return torch.addcmul(bias, normed, weight, out=torch.empty_like(normed))
 
 
 def _norm_backward_(

@@ -63,19 +63,17 @@ def check_pack(op: str, pack: Pack, tokens: Tensor) -> None:
     check_device(op, tokens.device, pack=pack)
 
 
-def check_rows(op: str, name: str, rows: Tensor, num_rows: int, device: torch.device) -> None:
-    """Refuse row numbers of another type; their range is checked where that needs no waiting.
+def check_rows(op: str, name: str, rows: Tensor, device: torch.device) -> None:
+    """Refuse row numbers of another type; `check_row_range` or a kernel looks at the numbers.
 
     Args:
         op: name of the op, for the message.
         name: name of the argument, for the message.
         rows: [R] int64.
-        num_rows: rows of the tensor they index.
         device: where they must live.
     Raises:
         TypeError: not an int64 tensor.
-        ValueError: not one-dimensional, another device, or (on the CPU, outside torch.compile) a
-            number outside [0, num_rows).
+        ValueError: not one-dimensional, or another device.
     """
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -84,7 +82,17 @@ def check_rows(op: str, name: str, rows: Tensor, num_rows: int, device: torch.de
     if rows.ndim != 1:
         raise ValueError(f"{op}: {name} must have shape [R], got {tuple(rows.shape)}")
     check_device(op, device, **{name: rows})
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.numel() == 0:
+
+
+def check_row_range(op: str, name: str, rows: Tensor | None, num_rows: int) -> None:
+    """Refuse row numbers outside [0, num_rows), where no kernel does and it needs no waiting.
+
+    Raises:
+        ValueError: such a number, on the CPU and outside torch.compile.
+    """
+    if rows is None or rows.device.type != "cpu" or rows.numel() == 0:
+        return
+    if torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in rows.aminmax())
     if low < 0 or high >= num_rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._native_rows import BLOCK_ROWS, dtype_name, new_partials, run_cpu
+from dinov2_fast.ops._native_cpu import BLOCK_ROWS, dtype_name, new_partials, run_cpu
 
 
 def forward_cpu(
@@ -40,6 +40,7 @@ def forward_cpu(
         eps=eps,
         x_dtype=dtype_name(x),
         y_dtype=dtype_name(y),
+        op="layer_norm",
     )
     return y, rstd, mean
 
@@ -120,6 +121,7 @@ def _backward_cpu(
         dy_dtype=dtype_name(dy),
         source_dtype=dtype_name(source),
         dx_dtype=dtype_name(dx),
+        op="layer_norm_backward_" if add else "layer_norm_backward",
     )
     # Storage of their own: outputs of an op must not share any.
     return sums[0].to(weight.dtype, copy=True), sums[1].to(weight.dtype, copy=True)

@@ -11,15 +11,15 @@ from torch.autograd.graph import increment_version
 from dinov2_fast import environment, native
 
 
-def refusal_cpu(**lists: Sequence[Tensor] | None) -> str:
-    """Why the kernels cannot take these lists (argument name -> tensors), or ""."""
+def refusal(*, device: torch.device, **lists: Sequence[Tensor] | None) -> str:
+    """Why kernels on a device cannot take these lists (argument name -> tensors), or ""."""
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors or ()):
             if tensor.dtype != torch.float32:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 return f"{name}[{index}] must be float32, got {dtype}"
-            if tensor.device.type != "cpu":
-                return f"{name}[{index}] must be on cpu, got {tensor.device}"
+            if tensor.device != device:
+                return f"{name}[{index}] must be on {device}, got {tensor.device}"
             if tensor.layout != torch.strided or not tensor.is_contiguous():
                 return f"{name}[{index}] must be contiguous; call .contiguous() or take None"
     return ""

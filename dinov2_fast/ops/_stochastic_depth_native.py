@@ -1,4 +1,4 @@
-"""The kernels of stochastic depth on the CPU, and the ops that torch knows them as."""
+"""The kernels of stochastic depth on the CPU, and the ops that torch knows all kernels as."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_rows import (
+from dinov2_fast.ops._declare import Kernel, declare
+from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
     adjacent_columns,
     dtype_name,
     new_partials,
     run_cpu,
 )
+from dinov2_fast.ops._stochastic_depth_triton import gather_triton, scatter_triton_
+from dinov2_fast.ops._triton import TRITON_DEVICES
 
 
 def scatter_cpu_(
@@ -23,8 +25,10 @@ def scatter_cpu_(
     rows: Tensor | None,
     row_scale: Tensor | None,
     gamma: Tensor | None,
+    *,
+    op: str,
 ) -> None:
-    """x[rows] += residual * row_scale * gamma."""
+    """x[rows] += residual * row_scale * gamma; `op` is named if a row is out of range."""
     if x.shape[1] == 0:
         return
     run_cpu(
@@ -41,6 +45,7 @@ def scatter_cpu_(
         residual_row_stride=residual.stride(0),
         x_dtype=dtype_name(x),
         residual_dtype=dtype_name(residual),
+        op=op,
     )
 
 
@@ -53,6 +58,7 @@ def gather_cpu(
     out_dtype: torch.dtype,
     *,
     want_sums: bool,
+    op: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows g = dx[rows] * row_scale * gamma, and the sums [C] of dx[rows] * row_scale * residual.
 
@@ -64,6 +70,7 @@ def gather_cpu(
         residual: [R, C] in out_dtype, or ones.
         out_dtype: of g.
         want_sums: whether to compute the sums.
+        op: named if a row is out of range.
     Returns:
         g [R, C], and the sums in float32 if wanted.
     """
@@ -91,6 +98,7 @@ def gather_cpu(
         g_row_stride=g.stride(0),
         dx_dtype=dtype_name(dx),
         g_dtype=dtype_name(g),
+        op=op,
     )
     return g, sums
 
@@ -100,13 +108,17 @@ def _ones_or(gamma: Tensor | None, like: Tensor) -> Tensor:
     return like.new_ones(like.shape[1], dtype=torch.float32) if gamma is None else gamma.float()
 
 
-def _scatter_native_cpu(
-    x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> Tensor:
+def _scatter_by(run: Kernel) -> Kernel:
     """A copy of x, added to in place."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    scatter_cpu_(out, residual, rows, row_scale, gamma)
-    return out
+
+    def scatter(
+        x: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
+    ) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        run(out, residual, rows, row_scale, gamma, op="scatter_add_scaled")
+        return out
+
+    return scatter
 
 
 def _scatter_fake(
@@ -115,21 +127,26 @@ def _scatter_fake(
     return x.new_empty(x.shape)
 
 
-def _scatter_backward_native_cpu(
-    grad: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scatter_backward_by(run: Kernel) -> Kernel:
     """Gradients of residual, and of gamma in float32 (nothing of it without a gamma)."""
-    wants_gamma = gamma is not None
-    dresidual, dgamma = gather_cpu(
-        adjacent_columns(grad),
-        rows,
-        row_scale,
-        gamma,
-        residual if wants_gamma else None,
-        residual.dtype,
-        want_sums=wants_gamma,
-    )
-    return dresidual, grad.new_empty(0, dtype=torch.float32) if dgamma is None else dgamma
+
+    def backward(
+        grad: Tensor, residual: Tensor, rows: Tensor, row_scale: Tensor, gamma: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        wants_gamma = gamma is not None
+        dresidual, dgamma = run(
+            adjacent_columns(grad),
+            rows,
+            row_scale,
+            gamma,
+            residual if wants_gamma else None,
+            residual.dtype,
+            want_sums=wants_gamma,
+            op="scatter_add_scaled_backward",
+        )
+        return dresidual, grad.new_empty(0, dtype=torch.float32) if dgamma is None else dgamma
+
+    return backward
 
 
 def _scatter_backward_fake(
@@ -152,8 +169,13 @@ def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, dresidual, None, None, None if gamma is None else dgamma.to(gamma.dtype), None
 
 
-def _gather_native_cpu(x: Tensor, rows: Tensor) -> Tensor:
-    return gather_cpu(x, rows, None, None, None, x.dtype, want_sums=False)[0]
+def _gather_by(run: Kernel) -> Kernel:
+    """The rows alone."""
+
+    def gather(x: Tensor, rows: Tensor) -> Tensor:
+        return run(x, rows, None, None, None, x.dtype, want_sums=False, op="gather_rows")[0]
+
+    return gather
 
 
 def _gather_fake(x: Tensor, rows: Tensor) -> Tensor:
@@ -175,20 +197,29 @@ def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 _scatter_backward = declare(
     "scatter_add_scaled_backward(Tensor grad, Tensor residual, Tensor rows, Tensor row_scale, "
     "Tensor? gamma, str backend) -> (Tensor, Tensor)",
-    kernels={("native", "cpu"): _scatter_backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _scatter_backward_by(gather_cpu),
+        **dict.fromkeys(TRITON_DEVICES, _scatter_backward_by(gather_triton)),
+    },
     fake=_scatter_backward_fake,
 )
 scatter_op = declare(
     "scatter_add_scaled(Tensor x, Tensor residual, Tensor rows, Tensor row_scale, Tensor? gamma, "
     "str backend) -> Tensor",
-    kernels={("native", "cpu"): _scatter_native_cpu},
+    kernels={
+        ("native", "cpu"): _scatter_by(scatter_cpu_),
+        **dict.fromkeys(TRITON_DEVICES, _scatter_by(scatter_triton_)),
+    },
     fake=_scatter_fake,
     setup_context=_scatter_setup_context,
     backward=_scatter_gradient,
 )
 gather_op = declare(
     "gather_rows(Tensor x, Tensor rows, str backend) -> Tensor",
-    kernels={("native", "cpu"): _gather_native_cpu},
+    kernels={
+        ("native", "cpu"): _gather_by(gather_cpu),
+        **dict.fromkeys(TRITON_DEVICES, _gather_by(gather_triton)),
+    },
     fake=_gather_fake,
     setup_context=_gather_setup_context,
     backward=_gather_gradient,

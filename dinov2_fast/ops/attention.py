@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -10,10 +9,15 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
+from dinov2_fast.ops import _attention_by_runs as by_runs
 from dinov2_fast.ops import _attention_native as native_kernels
+from dinov2_fast.ops import _attention_triton as triton_kernels
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_pack, check_tensor
 from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._native_cpu import adjacent_columns, refusals
 from dinov2_fast.packing import Pack, check_cu_seqlens, unpack_tokens
+
+_KERNELS: dict[str, Any] = {"native": native_kernels, "triton": triton_kernels}
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float) -> Tensor:
@@ -67,11 +71,10 @@ def attention(
     Source: block-diagonal masks of xFormers' memory-efficient attention, as DINOv2 uses them.
     """
     scale = _check("attention", q, k, v, pack, scale)
-    refusals = native_kernels.refusals(q=q, k=k, v=v)
-    chosen = choose_backend("attention", q, backend, refusals=refusals)
+    chosen = _choose(backend, q=q, k=k, v=v)
     if chosen == "reference":
         return attention_reference(q, k, v, pack, scale=scale)
-    return _forward(q, k, v, pack.offsets, scale, chosen)[0]
+    return _forward(q, k, v, pack.offsets, _launches(pack, pack, chosen), scale, chosen)[0]
 
 
 def attention_with_lse(
@@ -100,13 +103,12 @@ def attention_with_lse(
         BackendUnavailable: see `attention`.
     """
     scale = _check("attention_with_lse", q, k, v, pack, scale)
-    refusals = native_kernels.refusals(q=q, k=k, v=v)
-    chosen = choose_backend("attention", q, backend, refusals=refusals)
+    chosen = _choose(backend, q=q, k=k, v=v)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if chosen == "reference" or differentiated:  # there lse has a gradient too
         lse = lse_reference(q, k, pack, scale=scale)
         return attention_reference(q, k, v, pack, scale=scale), lse
-    return _forward(q, k, v, pack.offsets, scale, chosen)
+    return _forward(q, k, v, pack.offsets, _launches(pack, pack, chosen), scale, chosen)
 
 
 @torch.no_grad()
@@ -138,19 +140,12 @@ def attention_forward(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     queries = _query_pack("attention_forward", q, k, pack, q_pack)
-    refusals = native_kernels.refusals(q=q, k=k, v=v)
-    if choose_backend("attention", q, backend, refusals=refusals) == "native":
-        return native_kernels.forward(q, k, v, queries.offsets, pack.offsets, scale)
-    dtype = accumulation_dtype(q)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
-    for count, rows, keys in _runs(queries, pack):
-        scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
-        lse[:, rows] = scores.to(dtype).logsumexp(dim=-1).transpose(0, 1).flatten(1)
-        values = _each(v[keys], count)
-        weights = scores.softmax(dim=-1)
-        out[rows] = torch.einsum("shnm,smhd->snhd", weights, values).flatten(0, 1)
-    return out, lse
+    chosen = _choose(backend, q=q, k=k, v=v)
+    offsets = (queries.offsets, pack.offsets)
+    if chosen != "reference":
+        launches = _launches(queries, pack, chosen)
+        return _KERNELS[chosen].forward(q, k, v, *offsets, launches, scale)
+    return by_runs.forward(q, k, v, queries, pack, scale)
 
 
 @torch.no_grad()
@@ -166,6 +161,7 @@ def attention_backward(
     d_q: Tensor,
     d_k: Tensor,
     d_v: Tensor,
+    out: Tensor | None = None,
     q_pack: Pack | None = None,
     backend: str | None = None,
 ) -> None:
@@ -182,6 +178,8 @@ def attention_backward(
         d_q: [Tq, H, D], written; may be a strided view.
         d_k: [T, H, D], written.
         d_v: [T, H, D], written.
+        out: [Tq, H, D] output of the forward pass, contiguous; None is computed again where a
+            backend needs it.
         q_pack: layout of the queries; None is `pack`.
         backend: see `backends.choose_backend`.
     Raises:
@@ -189,23 +187,14 @@ def attention_backward(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     queries = _query_pack("attention_backward", q, k, pack, q_pack)
-    refusals = native_kernels.refusals(d_out=d_out, q=q, k=k, v=v, d_q=d_q, d_k=d_k, d_v=d_v)
-    if choose_backend("attention", q, backend, refusals=refusals) == "native":
-        gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
-        offsets = (queries.offsets, pack.offsets)
-        return native_kernels.backward(d_out, q, k, v, lse, *offsets, scale, **gradients)
-    for count, rows, keys in _runs(queries, pack):
-        q_i, d_out_i = _each(q[rows], count), _each(d_out[rows], count)
-        k_i, v_i = _each(k[keys], count), _each(v[keys], count)
-        scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
-        lse_i = _each(lse[:, rows].t(), count).transpose(1, 2)  # [S_i, H, n]
-        weights = (scores - lse_i.unsqueeze(-1)).exp().to(q.dtype)
-        d_weights = torch.einsum("snhd,smhd->shnm", d_out_i, v_i)
-        mean = (weights * d_weights).sum(dim=-1, keepdim=True)
-        d_scores = weights * (d_weights - mean) * scale
-        d_v[keys] = torch.einsum("shnm,snhd->smhd", weights, d_out_i).flatten(0, 1)
-        d_q[rows] = torch.einsum("shnm,smhd->snhd", d_scores, k_i).flatten(0, 1)
-        d_k[keys] = torch.einsum("shnm,snhd->smhd", d_scores, q_i).flatten(0, 1)
+    gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+    chosen = _choose(backend, d_out=d_out, q=q, k=k, v=v, **gradients)
+    offsets = (queries.offsets, pack.offsets)
+    if chosen != "reference":
+        launches = _launches(queries, pack, chosen)
+        arguments = (d_out, q, k, v, out, lse, *offsets, launches, scale)
+        return _KERNELS[chosen].backward(*arguments, **gradients)
+    by_runs.backward(d_out, q, k, v, lse, queries, pack, scale, **gradients)
 
 
 def attention_varlen(
@@ -310,47 +299,48 @@ def _query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) 
     return queries
 
 
-def _runs(queries: Pack, pack: Pack) -> list[tuple[int, slice, slice]]:
-    """Sequences that are computed at once: how many, the rows of their queries and of their keys.
-
-    Equal neighbours go together where queries and keys have one layout.
-    """
-    if queries is pack:
-        offsets = itertools.accumulate(pack.group_tokens, initial=0)
-        rows = [slice(*pair) for pair in itertools.pairwise(offsets)]
-        runs = [(count, each, each) for (count, _), each in zip(pack.groups, rows, strict=True)]
-    else:
-        pairs = (itertools.pairwise(each.offsets_host) for each in (queries, pack))
-        runs = [(1, slice(*rows), slice(*keys)) for rows, keys in zip(*pairs, strict=True)]
-    return [run for run in runs if run[1].stop > run[1].start or run[2].stop > run[2].start]
+def _choose(backend: str | None, **tensors: Tensor) -> str:
+    """The backend for [T, H, D] tensors of these layouts."""
+    refused = refusals(tensors, {}) | triton_kernels.refusals(**tensors)
+    return choose_backend("attention", tensors["q"], backend, refusals=refused)
 
 
-def _run_scores(q: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
-    """Scaled scores [S_i, H, n, m] of equally long sequences."""
-    return torch.einsum("snhd,smhd->shnm", _each(q * scale, count), _each(k, count))
+def _launches(queries: Pack, pack: Pack, backend: str) -> list[int]:
+    """What the Triton kernels are launched for, in numbers that a schema can hold."""
+    return triton_kernels.launches(queries.groups, pack.groups) if backend == "triton" else []
 
 
-def _each(x: Tensor, count: int) -> Tensor:
-    """Rows [count * n, ...] of equally long sequences as [count, n, ...]."""
-    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+def _forward_with(kernels: Any) -> Any:
+    """The registered forward op by a backend's kernels."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, launches: list[int], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.forward(q, k, v, offsets, offsets, launches, scale)
+
+    return run
 
 
-def _forward_native_cpu(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Native forward on the CPU."""
-    return native_kernels.forward(q, k, v, offsets, offsets, scale)
+def _backward_with(kernels: Any) -> Any:
+    """The registered backward op by a backend's kernels, into new tensors."""
 
+    def run(
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        offsets: Tensor,
+        launches: list[int],
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        arguments = (q, k, v, out, lse, offsets, offsets, launches, scale)
+        d_q, d_k, d_v = _empty_gradients(q, k, v)
+        kernels.backward(adjacent_columns(d_out), *arguments, d_q=d_q, d_k=d_k, d_v=d_v)
+        return d_q, d_k, d_v
 
-def _backward_native_cpu(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, offsets: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Native backward on the CPU into new tensors."""
-    d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
-    d_q, d_k, d_v = _empty_gradients(q, k, v)
-    gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
-    native_kernels.backward(d_out, q, k, v, lse, offsets, offsets, scale, **gradients)
-    return d_q, d_k, d_v
+    return run
 
 
 def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -358,41 +348,46 @@ def _empty_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 def _backward_fake(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, offsets: Tensor, scale: float
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     return _empty_gradients(q, k, v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs and lse; the output is not needed."""
-    q, k, v, offsets, ctx.scale, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, output[1], offsets)
+    """Keep the inputs and lse, and the output for the kernels that need it."""
+    q, k, v, offsets, ctx.launches, ctx.scale, ctx.backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out if ctx.backend == "triton" else None, lse, offsets)
 
 
 def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of (q, k, v, offsets, scale, backend)."""
-    q, k, v, lse, offsets = ctx.saved_tensors
-    return *_backward(d_out, q, k, v, lse, offsets, ctx.scale, ctx.backend), None, None, None
+    """Gradients of (q, k, v, offsets, launches, scale, backend)."""
+    options = (ctx.launches, ctx.scale, ctx.backend)
+    return *_backward(d_out, *ctx.saved_tensors, *options), None, None, None, None
 
 
 _backward = declare(
-    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor offsets, "
-    "float scale, str backend) -> (Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
+    "Tensor offsets, int[] launches, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    kernels={
+        (backend, device): _backward_with(_KERNELS[backend])
+        for backend, device in (("native", "cpu"), ("triton", "cpu"), ("triton", "cuda"))
+    },
     fake=_backward_fake,
 )
 _forward = declare(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor offsets, float scale, str backend) "
-    "-> (Tensor, Tensor)",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    "attention(Tensor q, Tensor k, Tensor v, Tensor offsets, int[] launches, float scale, "
+    "str backend) -> (Tensor, Tensor)",
+    kernels={
+        (backend, device): _forward_with(_KERNELS[backend])
+        for backend, device in (("native", "cpu"), ("triton", "cpu"), ("triton", "cuda"))
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
     check_positive,
+    check_row_range,
     check_rows,
     check_tensor,
 )
 from dinov2_fast.ops._declare import declare
-
-_TEACHER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from dinov2_fast.ops._native_cpu import FLOATS, Argument, dtype_name, refusals, run_cpu
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, for_triton
 
 # The work goes block by block of rows: temporaries of the size of the logits would triple their
 # memory. On the CPU a block (1 MiB in float32) stays in the cache; elsewhere it hides the launches.
@@ -87,7 +87,9 @@ def cross_entropy(
     check_tensor(op, "log_v", log_v, teacher_logits.shape[0])
     device = student_logits.device
     check_device(op, device, teacher_logits=teacher_logits, log_u=log_u, log_v=log_v)
-    check_rows(op, "teacher_rows", teacher_rows, teacher_logits.shape[0], device)
+    check_rows(op, "teacher_rows", teacher_rows, device)
+    # The kernels would take -1, which is no teacher.
+    check_row_range(op, "teacher_rows", teacher_rows, teacher_logits.shape[0])
     if teacher_rows.shape[0] != student_logits.shape[0]:
         raise ValueError(
             f"{op}: teacher_rows must have one row for each of the {student_logits.shape[0]} "
@@ -97,8 +99,8 @@ def cross_entropy(
         op, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     teacher_logits, log_u, log_v = teacher_logits.detach(), log_u.detach(), log_v.detach()
-    refusals = why_not_native(teacher_logits, log_u, log_v, student_logits)
-    chosen = choose_backend(op, student_logits, backend, refusals=refusals)
+    refused = why_no_kernel(teacher_logits, log_u, log_v, student_logits=student_logits)
+    chosen = choose_backend(op, student_logits, backend, refusals=refused)
     if chosen != "reference":
         rows = teacher_rows.contiguous().unsqueeze(1)
         vectors = log_u.contiguous(), log_v.contiguous()
@@ -180,25 +182,25 @@ def _targets(
     return targets.add_(log_u).add_(log_v.index_select(0, rows).unsqueeze(1)).exp_()
 
 
-def why_not_native(teacher: Tensor, log_u: Tensor, log_v: Tensor, *rows: Tensor) -> dict[str, str]:
+def why_no_kernel(
+    teacher: Tensor, log_u: Tensor, log_v: Tensor, **matrices: Tensor
+) -> dict[str, str]:
     """Refusals for `choose_backend`: what the kernels do not take besides their main input.
 
     Args:
         teacher: [R, K] logits.
         log_u: [K] of the targets.
         log_v: [R] of the targets.
-        rows: other matrices whose columns must be adjacent.
+        matrices: name -> other logits whose columns must be adjacent.
     Returns:
-        Empty, or "native" -> why not.
+        Empty, or "native" and "triton" -> why not.
     """
-    why = ""
-    if teacher.dtype not in _TEACHER_DTYPES:
-        why = f"teacher_logits must be float32, bfloat16 or float16, got {teacher.dtype}"
-    elif not log_u.dtype == log_v.dtype == torch.float32:
-        why = f"log_u and log_v must be float32, got {log_u.dtype} and {log_v.dtype}"
-    elif any(matrix.stride(1) != 1 for matrix in (teacher, *rows) if matrix.numel() > 0):
-        why = "logits must have adjacent columns (stride 1)"
-    return {"native": why} if why else {}
+    if not log_u.dtype == log_v.dtype == torch.float32:
+        why = f"log_u and log_v must be float32, got {dtype_name(log_u)} and {dtype_name(log_v)}"
+        return {"native": why, "triton": why}
+    logits = {"teacher_logits": teacher, **matrices}
+    refused = refusals(logits, {}, floats=(*FLOATS, torch.float16))
+    return refused | for_triton(refused)
 
 
 def kernel_arguments(
@@ -209,14 +211,14 @@ def kernel_arguments(
     rows: Tensor,
     student_temperature: float,
     teacher_temperature: float,
-) -> dict[str, Any]:
+) -> dict[str, Argument]:
     """What every CPU kernel of this op takes; rows are [S, P], and vectors are contiguous."""
     return {
-        "student": student.data_ptr(),
-        "teacher": teacher.data_ptr(),
-        "log_u": log_u.data_ptr(),
-        "log_v": log_v.data_ptr(),
-        "teacher_rows": rows.data_ptr(),
+        "student": student,
+        "teacher": teacher,
+        "log_u": log_u,
+        "log_v": log_v,
+        "teacher_rows": rows,
         "rows": student.shape[0],
         "prototypes": student.shape[1],
         "num_teacher_rows": teacher.shape[0],
@@ -225,21 +227,20 @@ def kernel_arguments(
         "teacher_row_stride": teacher.stride(0),
         "student_temperature": student_temperature,
         "teacher_temperature": teacher_temperature,
-        "student_dtype": str(student.dtype).removeprefix("torch."),
-        "teacher_dtype": str(teacher.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "level": environment.cpu_level(),
+        "student_dtype": dtype_name(student),
+        "teacher_dtype": dtype_name(teacher),
     }
 
 
 def _forward_native_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, temperature * log-sum-exp and sum of targets of each row on the CPU."""
     loss, normalizer, target_sum = _forward_fake(student, *arguments)
-    native.module().cross_entropy_forward_cpu(
+    run_cpu(
+        "cross_entropy_forward_cpu",
         **kernel_arguments(student, *arguments),
-        loss=loss.data_ptr(),
-        normalizer=normalizer.data_ptr(),
-        target_sum=target_sum.data_ptr(),
+        loss=loss,
+        normalizer=normalizer,
+        target_sum=target_sum,
     )
     return loss, normalizer, target_sum
 
@@ -249,15 +250,44 @@ def _backward_native_cpu(
 ) -> Tensor:
     """Gradient of the student's logits on the CPU."""
     grad, grad_loss = student.new_empty(student.shape), grad_loss.contiguous()
-    native.module().cross_entropy_backward_cpu(
+    run_cpu(
+        "cross_entropy_backward_cpu",
         **kernel_arguments(student, *arguments),
-        grad_loss=grad_loss.data_ptr(),
-        normalizer=normalizer.data_ptr(),
-        target_sum=target_sum.data_ptr(),
-        grad=grad.data_ptr(),
+        grad_loss=grad_loss,
+        normalizer=normalizer,
+        target_sum=target_sum,
+        grad=grad,
         grad_row_stride=grad.stride(0),
     )
     return grad
+
+
+def forward_triton(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_forward_native_cpu`, by Triton."""
+    from dinov2_fast.kernels import cross_entropy as kernels
+
+    outputs = _forward_fake(student, *arguments)
+    everything: list[Any] = [student, *arguments, *outputs]
+    with device_of(student):
+        kernels.forward(*everything)
+    return outputs
+
+
+def _backward_triton(grad_loss: Tensor, *arguments: Any) -> Tensor:
+    """Gradient of the student's logits by Triton."""
+    student = arguments[2]
+    grad = student.new_empty(student.shape)
+    backward_triton_(grad, grad_loss.contiguous(), *arguments)
+    return grad
+
+
+def backward_triton_(grad: Tensor, grad_loss: Tensor, *arguments: Any) -> None:
+    """Write the gradient of the student's logits; `grad` may be those logits."""
+    from dinov2_fast.kernels import cross_entropy as kernels
+
+    everything: list[Any] = [grad_loss, *arguments, grad]
+    with device_of(grad):
+        kernels.backward(*everything)
 
 
 def _forward_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,12 +320,18 @@ _INPUTS = (
 _backward = declare(
     f"cross_entropy_backward(Tensor grad_loss, Tensor normalizer, Tensor target_sum, {_INPUTS})"
     " -> Tensor",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     f"cross_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, forward_triton),
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

@@ -15,19 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast import native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
     check_positive,
-    check_rows,
+    check_row_range,
     check_tensor,
 )
+from dinov2_fast.ops._native_cpu import run_cpu
 from dinov2_fast.ops.cross_entropy import (
+    backward_triton_,
     cross_entropy_reference,
+    forward_triton,
     kernel_arguments,
-    why_not_native,
+    why_no_kernel,
 )
 
 _CHUNK_ELEMENTS = 2**23  # 32 MiB of float32: a chunk's scores come back from the cache, or nearly
@@ -115,10 +117,11 @@ def prototype_cross_entropy(
         chunk_rows = max(_CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
-    refusals = why_not_native(teacher_logits, log_u, log_v)
+    refused = why_no_kernel(teacher_logits, log_u, log_v)
     if torch.float64 in (weight.dtype, row_weights.dtype):
-        refusals = {"native": "weight and row_weights must not be float64"}
-    chosen = choose_backend("cross_entropy", features, backend, refusals=refusals)
+        why = "weight and row_weights must not be float64"
+        refused = {"native": why, "triton": why}
+    chosen = choose_backend("cross_entropy", features, backend, refusals=refused)
     wants_gradient = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     with torch.autocast(features.device.type, enabled=False):
         total, losses = _PrototypeCrossEntropy.apply(  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
@@ -126,7 +129,7 @@ def prototype_cross_entropy(
             (student_temperature, teacher_temperature),
             chunk_rows,
             wants_gradient,
-            _losses_and_gradient_native_ if chosen == "native" else _losses_and_gradient_,
+            _LOSSES_AND_GRADIENT[chosen],
         )
     return total, losses  # pyright: ignore[reportUnknownVariableType]
 
@@ -163,8 +166,9 @@ def _check(
             f"{op}: teacher_rows must have shape [{rows}, 1] or [{rows}, 2], "
             f"got {tuple(teacher_rows.shape)}"
         )
-    # -1 is allowed: shifted by one, what is left to refuse is what `check_rows` refuses.
-    check_rows(op, "teacher_rows + 1", teacher_rows.flatten() + 1, len(teacher_logits) + 1, device)
+    check_device(op, device, teacher_rows=teacher_rows)
+    # -1 is allowed: shifted by one, what is left to refuse is what `check_row_range` refuses.
+    check_row_range(op, "teacher_rows + 1", teacher_rows + 1, len(teacher_logits) + 1)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -262,7 +266,8 @@ def _losses_and_gradient_native_(
     teacher_rows = teacher_rows.contiguous()
     slots = max(min(torch.get_num_threads(), logits.shape[0]), 1)
     scratch = logits.new_empty(slots, logits.shape[1])  # the targets of the row in work
-    native.module().cross_entropy_in_place_cpu(
+    run_cpu(
+        "cross_entropy_in_place_cpu",
         **kernel_arguments(
             logits,
             teacher,
@@ -272,9 +277,35 @@ def _losses_and_gradient_native_(
             float(student_temperature),
             float(teacher_temperature),
         ),
-        row_weights=row_weights.data_ptr(),
-        loss=losses.data_ptr(),
-        scratch=scratch.data_ptr(),
+        row_weights=row_weights,
+        loss=losses,
+        scratch=scratch,
         slots=slots,
     )
     return losses
+
+
+def _losses_and_gradient_triton_(
+    logits: Tensor,
+    teacher: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    teacher_rows: Tensor,
+    row_weights: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """As `_losses_and_gradient_`, by the Triton kernels of forward and backward."""
+    vectors = log_u.contiguous(), log_v.contiguous(), teacher_rows.contiguous()
+    temperatures = float(student_temperature), float(teacher_temperature)
+    arguments = (logits, teacher, *vectors, *temperatures)
+    losses, *statistics = forward_triton(*arguments)
+    backward_triton_(logits, row_weights.contiguous(), *statistics, *arguments)
+    return losses
+
+
+_LOSSES_AND_GRADIENT = {
+    "reference": _losses_and_gradient_,
+    "native": _losses_and_gradient_native_,
+    "triton": _losses_and_gradient_triton_,
+}

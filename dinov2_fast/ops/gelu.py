@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
-
-# Rows whose bias gradient one thread sums before the sums of all blocks are added in order.
-_ROWS_PER_BLOCK = 64
+from dinov2_fast.ops._native_cpu import (
+    BLOCK_ROWS,
+    adjacent_columns,
+    dtype_name,
+    new_partials,
+    refusals,
+    run_cpu,
+)
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
 def gelu_reference(x: Tensor) -> Tensor:
@@ -46,7 +51,8 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Hendrycks, Gimpel, "Gaussian error linear units", 2016.
     """
     check_tensor("gelu", "x", x, "R", "F")
-    chosen = choose_backend("gelu", x, backend, refusals=_refusals(x=x))
+    refused = refusals({"x": x}, {}) | triton_refusals({"x": x}, {})
+    chosen = choose_backend("gelu", x, backend, refusals=refused)
     return gelu_reference(x) if chosen == "reference" else _forward(x, chosen)
 
 
@@ -70,70 +76,97 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
     check_device("gelu_backward_", x.device, da=da)
     if da.dtype != x.dtype:
         raise ValueError(f"gelu_backward_: da must have the dtype of x {x.dtype}, got {da.dtype}")
-    if choose_backend("gelu", x, backend, refusals=_refusals(x=x, da=da)) == "reference":
+    matrices = {"x": x, "da": da}
+    refused = refusals(matrices, {}) | triton_refusals(matrices, {})
+    chosen = choose_backend("gelu", x, backend, refusals=refused)
+    if chosen == "reference":
         return gelu_backward_reference_(da, x)
-    sums = _launch_backward(da, x, dx=x, activation=da)
+    sums = _launch_triton_(da, x) if chosen == "triton" else _launch_cpu_(da, x)
     torch.autograd.graph.increment_version((da, x))
     return sums
 
 
-def _refusals(**tensors: Tensor) -> dict[str, str]:
-    """Why strides rule out the native backend."""
-    for name, tensor in tensors.items():
-        if tensor.stride(1) != 1 and tensor.numel() > 0:
-            why = f"{name} must have adjacent columns (stride 1), got stride {tensor.stride(1)}"
-            return {"native": why}
-    return {}
+def _launch_cpu_(da: Tensor, x: Tensor) -> Tensor:
+    """The backward in place on the CPU; the column sums."""
+    partials = new_partials(x, *x.shape)
+    _launch_backward(da, x, dx=x, activation=da, partials=partials)
+    return partials.sum(0)
+
+
+def _launch_triton_(da: Tensor, x: Tensor) -> Tensor:
+    """The backward in place by Triton; the column sums."""
+    from dinov2_fast.kernels import gelu as kernels
+
+    with device_of(x):
+        sums = kernels.backward(da, x, x, da, want_sums=True)
+    assert sums is not None
+    return sums
 
 
 def _forward_native_cpu(x: Tensor) -> Tensor:
     """Native forward on the CPU."""
     a = x.new_empty(x.shape)
-    native.module().gelu_forward_cpu(
-        x=x.data_ptr(),
-        a=a.data_ptr(),
+    run_cpu(
+        "gelu_forward_cpu",
+        x=x,
+        a=a,
         rows=x.shape[0],
         width=x.shape[1],
         x_row_stride=x.stride(0),
         a_row_stride=a.stride(0),
-        dtype=str(x.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(x),
     )
     return a
 
 
 def _backward_native_cpu(da: Tensor, x: Tensor) -> Tensor:
     """Native backward on the CPU into a new tensor."""
-    da = da if da.stride(1) == 1 else da.contiguous()
     dx = x.new_empty(x.shape)
-    _launch_backward(da, x, dx=dx, activation=None)
+    _launch_backward(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
     return dx
 
 
-def _launch_backward(da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None) -> Tensor:
-    """Write dx and, if wanted, gelu(x); the column sums of dx, added block by block in order."""
+def _forward_triton(x: Tensor) -> Tensor:
+    """Forward by Triton."""
+    from dinov2_fast.kernels import gelu as kernels
+
+    a = x.new_empty(x.shape)
+    with device_of(x):
+        kernels.forward(x, a)
+    return a
+
+
+def _backward_triton(da: Tensor, x: Tensor) -> Tensor:
+    """Backward by Triton into a new tensor."""
+    from dinov2_fast.kernels import gelu as kernels
+
+    dx = x.new_empty(x.shape)
+    with device_of(x):
+        kernels.backward(adjacent_columns(da), x, dx, None, want_sums=False)
+    return dx
+
+
+def _launch_backward(
+    da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None, partials: Tensor | None
+) -> None:
+    """Write dx and, if wanted, gelu(x) and the column sums of dx over each block of rows."""
     rows, width = x.shape
-    blocks = -(-rows // _ROWS_PER_BLOCK)
-    partial = torch.empty(blocks, width, dtype=torch.float32)
-    native.module().gelu_backward_cpu(
-        da=da.data_ptr(),
-        x=x.data_ptr(),
-        dx=dx.data_ptr(),
-        activation=0 if activation is None else activation.data_ptr(),
-        partial=partial.data_ptr(),
+    run_cpu(
+        "gelu_backward_cpu",
+        da=da,
+        x=x,
+        dx=dx,
+        activation=activation,
+        partials=partials,
         rows=rows,
         width=width,
-        rows_per_block=_ROWS_PER_BLOCK,
+        block_rows=BLOCK_ROWS,
         da_row_stride=da.stride(0),
         x_row_stride=x.stride(0),
         dx_row_stride=dx.stride(0),
         activation_row_stride=0 if activation is None else activation.stride(0),
-        dtype=str(x.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(x),
     )
-    return partial.sum(0)
 
 
 def _forward_fake(x: Tensor) -> Tensor:
@@ -158,12 +191,18 @@ def _gradient(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
 
 _backward = declare(
     "gelu_backward(Tensor da, Tensor x, str backend) -> Tensor",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     "gelu(Tensor x, str backend) -> Tensor",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _forward_triton),
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

@@ -13,16 +13,24 @@ from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
     check_positive,
+    check_row_range,
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._declare import Kernel, declare
 from dinov2_fast.ops._layer_norm_native import (
     backward_of_input_cpu,
     backward_of_output_cpu,
     forward_cpu,
 )
-from dinov2_fast.ops._native_rows import adjacent_columns, refusals, refuse_overlap
+from dinov2_fast.ops._layer_norm_triton import (
+    backward_of_input_triton,
+    backward_of_output_triton,
+    forward_triton,
+    triton_layer_norm_refusals,
+)
+from dinov2_fast.ops._native_cpu import adjacent_columns, refusals, refuse_overlap
+from dinov2_fast.ops._triton import TRITON_DEVICES, for_triton
 
 
 def layer_norm_reference(
@@ -121,10 +129,13 @@ def layer_norm(
     refused = _refusals(x, weight, bias, rows)
     if x.ndim != 2 and not x.is_contiguous():
         refused = {"native": f"x must be contiguous or [T, C], got strides {x.stride()}"}
-    if choose_backend("layer_norm", x, backend, refusals=refused) == "reference":
+        refused |= for_triton(refused)
+    chosen = choose_backend("layer_norm", x, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_reference(x, weight, bias, eps=eps, rows=rows)
     matrix = x if x.ndim == 2 else x.view(-1, weight.shape[0])
-    y, _, _ = _forward(matrix, weight, bias, eps, rows, "native")
+    y, _, _ = _forward(matrix, weight, bias, eps, rows, chosen)
     return y if x.ndim == 2 else y.view(x.shape)
 
 
@@ -156,12 +167,15 @@ def layer_norm_forward(
     _check(x, weight, bias, eps, rows)
     refused = _refusals(x, weight, bias, rows)
     if out_dtype not in (None, torch.float32, torch.bfloat16):
-        refused = {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
-    if choose_backend("layer_norm", x, backend, refusals=refused) == "reference":
+        refused |= {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
+    chosen = choose_backend("layer_norm", x, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_forward_reference(
             x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype
         )
-    y, rstd, _ = forward_cpu(x, weight, bias, eps, rows, out_dtype or x.dtype, want_mean=False)
+    run = forward_triton if chosen == "triton" else forward_cpu
+    y, rstd, _ = run(x, weight, bias, eps, rows, out_dtype or x.dtype, want_mean=False)
     return y, rstd
 
 
@@ -203,21 +217,24 @@ def layer_norm_backward_(
     """
     _check_backward(dx, dy, y, rstd, weight, bias, rows, normalised)
     source = y if normalised is None else normalised
+    matrices = {"dx": dx, "dy": dy, "source": source}
+    vectors = {"rstd": rstd, "weight": weight, "bias": bias}
+    overlap = refuse_overlap("dx", dx)
     refused = (
-        refusals(
-            {"dx": dx, "dy": dy, "source": source},
-            {"rstd": rstd, "weight": weight, "bias": bias, "rows": rows},
-        )
-        | refusals({"weight": weight, "bias": bias, "rstd": rstd}, {})
-        | refuse_overlap("dx", dx)
+        refusals(matrices, {**vectors, "rows": rows})
+        | refusals(vectors, {})
+        | overlap
+        | triton_layer_norm_refusals(matrices, vectors, rows)
+        | for_triton(overlap)
     )
-    if choose_backend("layer_norm", dx, backend, refusals=refused) == "reference":
+    chosen = choose_backend("layer_norm", dx, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range("layer_norm_backward_", "rows", rows, dx.shape[0])
         return layer_norm_backward_reference_(
             dx, dy, y, rstd, weight, bias, rows=rows, normalised=normalised
         )
-    return backward_of_output_cpu(
-        dx, dy, source, rstd, weight, bias, rows, normalised=normalised is not None
-    )
+    run = backward_of_output_triton if chosen == "triton" else backward_of_output_cpu
+    return run(dx, dy, source, rstd, weight, bias, rows, normalised=normalised is not None)
 
 
 def can_rebuild(weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -256,7 +273,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | N
             f"got {weight.dtype}"
         )
     if rows is not None:
-        check_rows("layer_norm", "rows", rows, x.shape[0], x.device)
+        check_rows("layer_norm", "rows", rows, x.device)
 
 
 def _check_backward(
@@ -275,7 +292,7 @@ def _check_backward(
     check_tensor(op, "bias", bias, *weight.shape)
     check_tensor(op, "dx", dx, "T", weight.shape[0])
     if rows is not None:
-        check_rows(op, "rows", rows, dx.shape[0], dx.device)
+        check_rows(op, "rows", rows, dx.device)
     shape = (dx if rows is None else rows).shape[0], weight.shape[0]
     check_tensor(op, "dy", dy, *shape)
     check_tensor(op, "y", y, *shape)
@@ -289,16 +306,22 @@ def _check_backward(
 
 def _refusals(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> dict[str, str]:
     """Why the kernels cannot take the arguments of a forward, or nothing."""
-    return refusals({"x": x}, {"weight": weight, "bias": bias, "rows": rows})
+    vectors = {"weight": weight, "bias": bias}
+    return refusals({"x": x}, {**vectors, "rows": rows}) | triton_layer_norm_refusals(
+        {"x": x}, vectors, rows
+    )
 
 
-def _forward_native_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_by(run: Kernel) -> Kernel:
     """Forward: y in the dtype of x, mean and rstd."""
-    y, rstd, mean = forward_cpu(x, weight, bias, eps, rows, x.dtype, want_mean=True)
-    assert mean is not None
-    return y, mean, rstd
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, rstd, mean = run(x, weight, bias, eps, rows, x.dtype, want_mean=True)
+        return y, mean, rstd
+
+    return forward
 
 
 def _forward_fake(
@@ -309,14 +332,18 @@ def _forward_fake(
     return x.new_empty(num_rows, x.shape[1]), statistics[0], statistics[1]
 
 
-def _backward_native_cpu(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_by(run: Kernel) -> Kernel:
     """Gradients of x, weight and bias."""
-    dx, dweight, dbias = backward_of_input_cpu(adjacent_columns(dy), x, weight, mean, rstd, rows)
-    if rows is not None:  # a row may be selected twice
-        dx = x.new_zeros(x.shape).index_add_(0, rows, dx)
-    return dx, dweight, dbias
+
+    def backward(
+        dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dweight, dbias = run(adjacent_columns(dy), x, weight, mean, rstd, rows)
+        if rows is not None:  # a row may be selected twice
+            dx = x.new_zeros(x.shape).index_add_(0, rows, dx)
+        return dx, dweight, dbias
+
+    return backward
 
 
 def _backward_fake(
@@ -343,13 +370,19 @@ def _gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 _backward = declare(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
     "Tensor? rows, str backend) -> (Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_by(backward_of_input_cpu),
+        **dict.fromkeys(TRITON_DEVICES, _backward_by(backward_of_input_triton)),
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? rows, str backend) "
     "-> (Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_by(forward_cpu),
+        **dict.fromkeys(TRITON_DEVICES, _forward_by(forward_triton)),
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

@@ -7,13 +7,15 @@ Nothing here waits for the device: norms, clip coefficients and the decision to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
-from dinov2_fast.ops import _optimizer_native
+from dinov2_fast.ops import _optimizer_native, _optimizer_triton
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive
+from dinov2_fast.ops._optimizer_native import refusal
 
 
 def adamw_ema_reference(
@@ -75,10 +77,12 @@ def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) ->
             raise TypeError(
                 f"gradient_norm: gradients must be of a floating-point type, got {gradient.dtype}"
             )
-    refusals = {"native": _optimizer_native.refusal_cpu(gradients=gradients)}
+    refusals = _refusals(gradients[0], "", gradients=gradients)
     chosen = choose_backend("optimizer", gradients[0], backend, refusals=refusals)
     if chosen == "native":
         return _optimizer_native.norm_cpu(gradients)
+    if chosen == "triton":
+        return _optimizer_triton.norm(gradients)
     dtype = accumulation_dtype(*gradients)
     norms = [_norm(gradient, dtype) for gradient in gradients]
     return _norm(torch.stack(norms), dtype)
@@ -156,52 +160,46 @@ def adamw_ema_step(
     _check_scalars(gradient_scale, skip)
     if not parameters:
         return
-    refusal = _optimizer_native.refusal_cpu(
+    refusals = _refusals(
+        parameters[0],
+        _scalar_refusal(parameters[0].device, gradient_scale, skip),
         parameters=parameters,
         gradients=gradients,
         exp_avgs=exp_avgs,
         exp_avg_sqs=exp_avg_sqs,
         ema_parameters=ema_parameters,
-    ) or _scalar_refusal(gradient_scale, skip)
-    chosen = choose_backend("optimizer", parameters[0], backend, refusals={"native": refusal})
+    )
+    chosen = choose_backend("optimizer", parameters[0], backend, refusals=refusals)
     if skip is not None and skip.device.type == "cpu":  # no device to wait for
         if bool(skip):
             return
         skip = None
+    numbers: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "step": step,
+        "momentum": momentum,
+        "gradient_scale": gradient_scale,
+    }
+    lists = (parameters, gradients, exp_avgs, exp_avg_sqs)
     if chosen == "native":
-        _optimizer_native.step_cpu(
-            parameters,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            ema_parameters,
-            lr=lr,
-            weight_decay=weight_decay,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            step=step,
-            momentum=momentum,
-            gradient_scale=gradient_scale,
-        )
+        _optimizer_native.step_cpu(*lists, ema_parameters, **numbers)
         return
-    for index, parameter in enumerate(parameters):
-        adamw_ema_reference(
-            parameter,
-            gradients[index],
-            exp_avgs[index],
-            exp_avg_sqs[index],
-            None if ema_parameters is None else ema_parameters[index],
-            lr=lr,
-            weight_decay=weight_decay,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            step=step,
-            momentum=momentum,
-            gradient_scale=gradient_scale,
-            skip=skip,
-        )
+    if chosen == "triton":
+        _optimizer_triton.step(*lists, ema_parameters, **numbers, skip=skip)
+        return
+    for index, tensors in enumerate(zip(*lists, strict=True)):
+        teacher = None if ema_parameters is None else ema_parameters[index]
+        adamw_ema_reference(*tensors, teacher, **numbers, skip=skip)
+
+
+def _refusals(first: Tensor, scalars: str, **lists: Sequence[Tensor] | None) -> dict[str, str]:
+    """Why kernels cannot take these lists, or these scalars, as `choose_backend` wants it."""
+    device = first.device
+    return dict.fromkeys(("native", "triton"), refusal(device=device, **lists) or scalars)
 
 
 def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,11 +257,15 @@ def _check_numbers(
     check_positive("adamw_ema_step", eps=eps)
 
 
-def _scalar_refusal(gradient_scale: Tensor | float, skip: Tensor | None) -> str:
-    """Why the CPU kernels cannot read these numbers, or ""."""
+def _scalar_refusal(
+    device: torch.device, gradient_scale: Tensor | float, skip: Tensor | None
+) -> str:
+    """Why kernels on a device cannot read these numbers, or ""."""
     for name, value in {"gradient_scale": gradient_scale, "skip": skip}.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            return f"{name} must be on cpu, got {value.device}"
+        if isinstance(value, Tensor) and value.device != device:
+            return f"{name} must be on {device}, got {value.device}"
+    if isinstance(gradient_scale, Tensor) and gradient_scale.dtype != torch.float32:
+        return f"gradient_scale must be float32, got {gradient_scale.dtype}"
     return ""
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dinov2_fast import environment, native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._native_cpu import FLOATS, dtype_name, refusals, run_cpu
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,11 +81,9 @@ def sinkhorn(
     check_positive("sinkhorn", temperature=temperature)
     if num_iterations < 1:
         raise ValueError(f"sinkhorn: num_iterations must be at least 1, got {num_iterations}")
-    refusals = {}
-    if logits.stride(1) != 1 and logits.numel() > 0:
-        why = f"logits must have adjacent columns (stride 1), got stride {logits.stride(1)}"
-        refusals = {"native": why}
-    chosen = choose_backend("sinkhorn", logits, backend, refusals=refusals)
+    refused = refusals({"logits": logits}, {}, floats=(*FLOATS, torch.float16))
+    refused |= triton_refusals({"logits": logits}, {})
+    chosen = choose_backend("sinkhorn", logits, backend, refusals=refused)
     if chosen == "reference":
         return sinkhorn_reference(
             logits, temperature=temperature, num_iterations=num_iterations, group=group
@@ -96,6 +95,36 @@ def sinkhorn(
         log_u = -_log_sums_of_all(largest, sums, group)
         log_v = -_rows(logits, log_u, 1 / temperature, chosen)
     return log_u, log_v
+
+
+@torch.no_grad()
+def row_logsumexp(
+    logits: Tensor, log_u: Tensor, *, temperature: float, backend: str | None = None
+) -> Tensor:
+    """Logarithm of each row's sum of exp(logits / temperature + log_u): half a Sinkhorn round.
+
+    Args:
+        logits: [R, K] scores.
+        log_u: [K] float32 (float64 for float64 logits), one term per column.
+        temperature: divides the logits.
+        backend: see `backends.choose_backend`.
+    Returns:
+        [R] in the dtype of log_u, without gradient.
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: wrong shape, or temperature <= 0.
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    check_tensor("row_logsumexp", "logits", logits, "R", "K")
+    check_tensor("row_logsumexp", "log_u", log_u, logits.shape[1])
+    check_positive("row_logsumexp", temperature=temperature)
+    refused = refusals({"logits": logits}, {}, floats=(*FLOATS, torch.float16))
+    if log_u.dtype != torch.float32:
+        refused = {"native": f"log_u must be float32, got {log_u.dtype}"}
+    chosen = choose_backend("sinkhorn", logits, backend, refusals=refused)
+    if chosen == "reference":
+        return torch.logsumexp(logits.to(log_u.dtype) / temperature + log_u, dim=1)
+    return _rows(logits, log_u, 1 / temperature, chosen)
 
 
 def _log_column_sums_(scores: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -128,18 +157,17 @@ def _log_sums_of_all(largest: Tensor, sums: Tensor, group: ProcessGroup | None) 
 def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Largest of logits * scale + log_v in each column, and sum of exp relative to it."""
     largest, sums = _columns_fake(logits, log_v, scale)
-    native.module().sinkhorn_columns_cpu(
-        logits=logits.data_ptr(),
-        log_v=log_v.data_ptr(),
-        largest=largest.data_ptr(),
-        sums=sums.data_ptr(),
+    run_cpu(
+        "sinkhorn_columns_cpu",
+        logits=logits,
+        log_v=log_v,
+        largest=largest,
+        sums=sums,
         rows=logits.shape[0],
         columns=logits.shape[1],
         row_stride=logits.stride(0),
         scale=scale,
-        dtype=str(logits.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(logits),
     )
     return largest, sums
 
@@ -147,18 +175,37 @@ def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Te
 def _rows_native_cpu(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
     """Logarithm of each row's sum of exp(logits * scale + log_u)."""
     lse = _rows_fake(logits, log_u, scale)
-    native.module().sinkhorn_rows_cpu(
-        logits=logits.data_ptr(),
-        log_u=log_u.data_ptr(),
-        lse=lse.data_ptr(),
+    run_cpu(
+        "sinkhorn_rows_cpu",
+        logits=logits,
+        log_u=log_u,
+        lse=lse,
         rows=logits.shape[0],
         columns=logits.shape[1],
         row_stride=logits.stride(0),
         scale=scale,
-        dtype=str(logits.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(logits),
     )
+    return lse
+
+
+def _columns_triton(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `_columns_native_cpu`, by Triton."""
+    from dinov2_fast.kernels import sinkhorn as kernels
+
+    largest, sums = _columns_fake(logits, log_v, scale)
+    with device_of(logits):
+        kernels.columns(logits, log_v, scale, largest, sums)
+    return largest, sums
+
+
+def _rows_triton(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
+    """As `_rows_native_cpu`, by Triton."""
+    from dinov2_fast.kernels import sinkhorn as kernels
+
+    lse = _rows_fake(logits, log_u, scale)
+    with device_of(logits):
+        kernels.rows(logits, log_u, scale, lse)
     return lse
 
 
@@ -173,11 +220,17 @@ def _rows_fake(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
 
 _columns = declare(
     "sinkhorn_columns(Tensor logits, Tensor log_v, float scale, str backend) -> (Tensor, Tensor)",
-    kernels={("native", "cpu"): _columns_native_cpu},
+    kernels={
+        ("native", "cpu"): _columns_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _columns_triton),
+    },
     fake=_columns_fake,
 )
 _rows = declare(
     "sinkhorn_rows(Tensor logits, Tensor log_u, float scale, str backend) -> Tensor",
-    kernels={("native", "cpu"): _rows_native_cpu},
+    kernels={
+        ("native", "cpu"): _rows_native_cpu,
+        **dict.fromkeys(TRITON_DEVICES, _rows_triton),
+    },
     fake=_rows_fake,
 )

@@ -15,11 +15,14 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
     check_device,
+    check_row_range,
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops._native_rows import refusals, refuse_overlap
+from dinov2_fast.ops._native_cpu import refusals, refuse_overlap
 from dinov2_fast.ops._stochastic_depth_native import gather_cpu, gather_op, scatter_cpu_, scatter_op
+from dinov2_fast.ops._stochastic_depth_triton import gather_triton, scatter_triton_
+from dinov2_fast.ops._triton import for_triton, triton_refusals
 from dinov2_fast.packing import Pack
 
 
@@ -166,11 +169,13 @@ def gather_rows(x: Tensor, rows: Tensor, *, backend: str | None = None) -> Tenso
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     check_tensor("gather_rows", "x", x, "T", "C")
-    check_rows("gather_rows", "rows", rows, x.shape[0], x.device)
-    refused = refusals({"x": x}, {"rows": rows})
-    if choose_backend("stochastic_depth", x, backend, refusals=refused) == "reference":
+    check_rows("gather_rows", "rows", rows, x.device)
+    refused = refusals({"x": x}, {"rows": rows}) | triton_refusals({"x": x}, {"rows": rows})
+    chosen = choose_backend("stochastic_depth", x, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range("gather_rows", "rows", rows, x.shape[0])
         return gather_rows_reference(x, rows)
-    return gather_op(x, rows, "native")
+    return gather_op(x, rows, chosen)
 
 
 def scatter_add_scaled(
@@ -200,9 +205,11 @@ def scatter_add_scaled(
     """
     _check_scatter("scatter_add_scaled", x, residual, rows, row_scale, gamma)
     refused = _scatter_refusals(x, residual, rows, row_scale, gamma)
-    if choose_backend("stochastic_depth", x, backend, refusals=refused) == "reference":
+    chosen = choose_backend("stochastic_depth", x, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range("scatter_add_scaled", "rows", rows, x.shape[0])
         return scatter_add_scaled_reference(x, residual, rows, row_scale.detach(), gamma)
-    return scatter_op(x, residual, rows, row_scale.detach(), gamma, "native")
+    return scatter_op(x, residual, rows, row_scale.detach(), gamma, chosen)
 
 
 def scatter_add_scaled_(
@@ -229,11 +236,15 @@ def scatter_add_scaled_(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     _check_scatter("scatter_add_scaled_", x, residual, rows, row_scale, gamma)
-    refused = _scatter_refusals(x, residual, rows, row_scale, gamma) | refuse_overlap("x", x)
-    if choose_backend("stochastic_depth", x, backend, refusals=refused) == "reference":
+    overlap = refuse_overlap("x", x)
+    refused = _scatter_refusals(x, residual, rows, row_scale, gamma) | overlap | for_triton(overlap)
+    chosen = choose_backend("stochastic_depth", x, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range("scatter_add_scaled_", "rows", rows, x.shape[0])
         scatter_add_scaled_reference_(x, residual, rows, row_scale, gamma)
     else:
-        scatter_cpu_(x, residual, rows, row_scale, gamma)
+        run_ = scatter_triton_ if chosen == "triton" else scatter_cpu_
+        run_(x, residual, rows, row_scale, gamma, op="scatter_add_scaled_")
 
 
 def gather_scaled(
@@ -263,18 +274,24 @@ def gather_scaled(
     op = "gather_scaled"
     check_tensor(op, "dx", dx, "T", "C")
     if rows is not None:
-        check_rows(op, "rows", rows, dx.shape[0], dx.device)
+        check_rows(op, "rows", rows, dx.device)
     if row_scale is not None:
         check_tensor(op, "row_scale", row_scale, (dx if rows is None else rows).shape[0])
     check_device(op, dx.device, row_scale=row_scale)
-    refused = refusals({"dx": dx}, {"rows": rows, "row_scale": row_scale}) | _scale_refusal(
-        row_scale
+    vectors = {"rows": rows, "row_scale": row_scale}
+    refused = (
+        refusals({"dx": dx}, vectors)
+        | triton_refusals({"dx": dx}, vectors)
+        | _scale_refusal(row_scale)
     )
     if out_dtype not in (None, torch.float32, torch.bfloat16):
-        refused = {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
-    if choose_backend("stochastic_depth", dx, backend, refusals=refused) == "reference":
+        refused |= {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
+    chosen = choose_backend("stochastic_depth", dx, backend, refusals=refused)
+    if chosen == "reference":
+        check_row_range(op, "rows", rows, dx.shape[0])
         return gather_scaled_reference(dx, rows, row_scale, out_dtype=out_dtype)
-    g, sums = gather_cpu(dx, rows, row_scale, None, None, out_dtype or dx.dtype, want_sums=True)
+    run = gather_triton if chosen == "triton" else gather_cpu
+    g, sums = run(dx, rows, row_scale, None, None, out_dtype or dx.dtype, want_sums=True, op=op)
     assert sums is not None
     return g, sums
 
@@ -290,7 +307,7 @@ def _check_scatter(
     """Refuse wrong arguments of the scatter."""
     check_tensor(op, "x", x, "T", "C")
     if rows is not None:
-        check_rows(op, "rows", rows, x.shape[0], x.device)
+        check_rows(op, "rows", rows, x.device)
     num_rows = (x if rows is None else rows).shape[0]
     check_tensor(op, "residual", residual, num_rows, x.shape[1])
     if row_scale is not None:
@@ -312,6 +329,7 @@ def _scatter_refusals(
     return (
         refusals({"x": x, "residual": residual}, vectors)
         | refusals({"gamma": gamma}, {})
+        | triton_refusals({"x": x, "residual": residual, "gamma": gamma}, vectors)
         | _scale_refusal(row_scale)
     )
 
@@ -320,4 +338,5 @@ def _scale_refusal(row_scale: Tensor | None) -> dict[str, str]:
     """The kernels read row scales in float32."""
     if row_scale is None or row_scale.dtype == torch.float32:
         return {}
-    return {"native": f"row_scale must be float32, got {row_scale.dtype}"}
+    why = f"row_scale must be float32, got {row_scale.dtype}"
+    return {"native": why, "triton": why}

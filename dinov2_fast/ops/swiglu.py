@@ -8,13 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast import environment, native
+from dinov2_fast import native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
-
-# Rows whose bias gradient one thread sums before the sums of all blocks are added in order.
-_ROWS_PER_BLOCK = 64
+from dinov2_fast.ops._native_cpu import (
+    BLOCK_ROWS,
+    FLOATS,
+    adjacent_columns,
+    dtype_name,
+    new_partials,
+    refusals,
+    run_cpu,
+)
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
 def swiglu_reference(x12: Tensor) -> Tensor:
@@ -49,11 +56,10 @@ def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     _check(x12)
-    refusals = {}
-    if x12.stride(1) != 1 and x12.numel() > 0:
-        why = f"x12 must have adjacent columns (stride 1), got stride {x12.stride(1)}"
-        refusals = {"native": why}
-    chosen = choose_backend("swiglu", x12, backend, refusals=refusals)
+    # Kernels for float16 exist on the GPU; the table of backends knows where.
+    refused = refusals({"x12": x12}, {}, floats=(*FLOATS, torch.float16))
+    refused |= triton_refusals({"x12": x12}, {})
+    chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
         return swiglu_reference(x12)
     return _forward(x12, chosen)
@@ -81,16 +87,32 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
         raise ValueError(
             f"swiglu_backward_: dh must have the dtype of x12 {x12.dtype}, got {dh.dtype}"
         )
-    refusals = {}
+    matrices = {"x12": x12, "dh": dh}
+    refused = refusals(matrices, {}) | triton_refusals(matrices, {})
     if x12.device.type != "cpu":
-        refusals = {"native": "its in-place backward runs on the CPU alone"}
-    elif 1 not in (x12.stride(1), x12.numel()) or 1 not in (dh.stride(1), dh.numel()):
-        refusals = {"native": "dh and x12 must have adjacent columns (stride 1)"}
-    chosen = choose_backend("swiglu", x12, backend, refusals=refusals)
+        refused |= {"native": "its in-place backward runs on the CPU alone"}
+    chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
         return swiglu_backward_reference_(dh, x12)
-    sums = _launch_backward_cpu(dh, x12, dx12=x12, h=dh)
+    sums = _launch_triton_(dh, x12) if chosen == "triton" else _launch_cpu_(dh, x12)
     torch.autograd.graph.increment_version((dh, x12))
+    return sums
+
+
+def _launch_cpu_(dh: Tensor, x12: Tensor) -> Tensor:
+    """The backward in place on the CPU; the column sums."""
+    partials = new_partials(x12, *x12.shape)
+    _launch_backward_cpu(dh, x12, dx12=x12, h=dh, partials=partials)
+    return partials.sum(0)
+
+
+def _launch_triton_(dh: Tensor, x12: Tensor) -> Tensor:
+    """The backward in place by Triton; the column sums."""
+    from dinov2_fast.kernels import swiglu as kernels
+
+    with device_of(x12):
+        sums = kernels.backward(dh, x12, x12, dh, want_sums=True)
+    assert sums is not None
     return sums
 
 
@@ -105,16 +127,15 @@ def _forward_native_cpu(x12: Tensor) -> Tensor:
     """Native forward on the CPU."""
     rows, hidden = x12.shape[0], x12.shape[1] // 2
     h = x12.new_empty(rows, hidden)
-    native.module().swiglu_forward_cpu(
-        x12=x12.data_ptr(),
-        h=h.data_ptr(),
+    run_cpu(
+        "swiglu_forward_cpu",
+        x12=x12,
+        h=h,
         rows=rows,
         hidden=hidden,
         x12_row_stride=x12.stride(0),
         h_row_stride=h.stride(0),
-        dtype=_dtype_name(x12),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(x12),
     )
     return h
 
@@ -130,7 +151,7 @@ def _forward_native_cuda(x12: Tensor) -> Tensor:
         hidden=hidden,
         x12_row_stride=x12.stride(0),
         h_row_stride=h.stride(0),
-        dtype=_dtype_name(x12),
+        dtype=dtype_name(x12),
         device=h.get_device(),
         stream=torch.cuda.current_stream(x12.device).cuda_stream,
     )
@@ -139,38 +160,37 @@ def _forward_native_cuda(x12: Tensor) -> Tensor:
 
 def _backward_native_cpu(dh: Tensor, x12: Tensor) -> Tensor:
     """Native backward on the CPU into a new tensor."""
-    dh, dx12 = _adjacent_columns(dh), _empty_gradient(x12)
-    _launch_backward_cpu(dh, x12, dx12=dx12, h=None)
+    dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
+    _launch_backward_cpu(dh, x12, dx12=dx12, h=None, partials=None)
     return dx12
 
 
-def _launch_backward_cpu(dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None) -> Tensor:
-    """Write dx12 and, if wanted, h; the column sums of dx12, added block by block in order."""
+def _launch_backward_cpu(
+    dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None, partials: Tensor | None
+) -> None:
+    """Write dx12 and, if wanted, h and the column sums of dx12 over each block of rows."""
     rows, width = x12.shape
-    partial = torch.empty(-(-rows // _ROWS_PER_BLOCK), width, dtype=torch.float32)
-    native.module().swiglu_backward_cpu(
-        dh=dh.data_ptr(),
-        x12=x12.data_ptr(),
-        dx12=dx12.data_ptr(),
-        h=0 if h is None else h.data_ptr(),
-        partial=partial.data_ptr(),
+    run_cpu(
+        "swiglu_backward_cpu",
+        dh=dh,
+        x12=x12,
+        dx12=dx12,
+        h=h,
+        partials=partials,
         rows=rows,
         hidden=width // 2,
-        rows_per_block=_ROWS_PER_BLOCK,
+        block_rows=BLOCK_ROWS,
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
         h_row_stride=0 if h is None else h.stride(0),
-        dtype=_dtype_name(x12),
-        threads=torch.get_num_threads(),
-        level=environment.cpu_level(),
+        dtype=dtype_name(x12),
     )
-    return partial.sum(0)
 
 
 def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
     """Native backward on the current stream of x12's GPU."""
-    dh, dx12 = _adjacent_columns(dh), _empty_gradient(x12)
+    dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
     native.module().swiglu_backward_cuda(
         dh=dh.data_ptr(),
         x12=x12.data_ptr(),
@@ -180,26 +200,36 @@ def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
-        dtype=_dtype_name(x12),
+        dtype=dtype_name(x12),
         device=dx12.get_device(),
         stream=torch.cuda.current_stream(x12.device).cuda_stream,
     )
     return dx12
 
 
-def _adjacent_columns(dh: Tensor) -> Tensor:
-    """The incoming gradient, copied when autograd expanded it; no caller chose that layout."""
-    return dh if dh.stride(1) == 1 else dh.contiguous()
+def _forward_triton(x12: Tensor) -> Tensor:
+    """Forward by Triton."""
+    from dinov2_fast.kernels import swiglu as kernels
+
+    h = x12.new_empty(x12.shape[0], x12.shape[1] // 2)
+    with device_of(x12):
+        kernels.forward(x12, h)
+    return h
+
+
+def _backward_triton(dh: Tensor, x12: Tensor) -> Tensor:
+    """Backward by Triton into a new tensor."""
+    from dinov2_fast.kernels import swiglu as kernels
+
+    dx12 = _empty_gradient(x12)
+    with device_of(x12):
+        kernels.backward(adjacent_columns(dh), x12, dx12, None, want_sums=False)
+    return dx12
 
 
 def _empty_gradient(x12: Tensor) -> Tensor:
     """Contiguous storage for the gradient of x12, whatever the strides of x12."""
     return x12.new_empty(x12.shape)
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    """The dtype as the extension spells it."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _forward_fake(x12: Tensor) -> Tensor:
@@ -227,6 +257,7 @@ _backward = declare(
     kernels={
         ("native", "cpu"): _backward_native_cpu,
         ("native", "cuda"): _backward_native_cuda,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
 )
@@ -235,6 +266,7 @@ _forward = declare(
     kernels={
         ("native", "cpu"): _forward_native_cpu,
         ("native", "cuda"): _forward_native_cuda,
+        **dict.fromkeys(TRITON_DEVICES, _forward_triton),
     },
     fake=_forward_fake,
     setup_context=_setup_context,

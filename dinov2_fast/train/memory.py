@@ -1,8 +1,8 @@
 """The C library's allocator, set so that a step reuses the memory of the one before it.
 
 By default glibc maps every large block anew and returns it when freed, so each step pays for page
-faults on all of its activations. Kept blocks make the steps of a run faster; the process's peak
-does not grow by it, its memory between steps does.
+faults on all of its activations. Kept blocks spare a step these faults; between steps the process
+holds more memory.
 """
 
 from __future__ import annotations

@@ -77,6 +77,13 @@ def test_position_resize_follows_the_registers_unless_told():
     assert resize("vits14_reg4", position_resize="official") == "official"
 
 
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+def test_recompute_reaches_every_block(recompute):
+    model = create_model("debug", recompute=recompute, device="meta")
+
+    assert [block.recompute for block in model.blocks] == [recompute] * model.depth
+
+
 def test_giant_on_meta_takes_seconds_and_no_memory():
     begin = time.perf_counter()
 

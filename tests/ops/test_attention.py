@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2_fast.backends import availability
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.attention import (
     attention,
@@ -237,15 +236,13 @@ def test_rejects_bad_input(changes: dict, error: type[Exception], message: str):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_opcheck():
-    if availability("attention", "cpu")["native"]:
-        pytest.skip(availability("attention", "cpu")["native"])
+def test_opcheck(on_native: None):
     pack = Pack.from_lengths([3, 2])
     for inputs in (make_qkv(pack), leaves(*make_qkv(pack))):
-        arguments = (*inputs, pack.offsets, 0.25, "native")
+        arguments = (*inputs, pack.offsets, [], 0.25, "native")
         torch.library.opcheck(torch.ops.dinov2_fast.attention.default, arguments)
     q, k, v = make_qkv(pack)
-    arguments = (q, q, k, v, randn(2, 5), pack.offsets, 0.25, "native")
+    arguments = (q, q, k, v, None, randn(2, 5), pack.offsets, [], 0.25, "native")
     torch.library.opcheck(torch.ops.dinov2_fast.attention_backward.default, arguments)
 
 

@@ -139,6 +139,8 @@ class Allocations(TorchDispatchMode):
 
 
 def test_never_holds_more_scores_than_a_chunk(backend: str):
+    if backend == "triton":
+        pytest.skip("Triton's interpreter copies what it reads")
     rows, channels, prototypes, chunk_rows = 64, 4, 1024, 8
     inputs = make_inputs((rows, channels, prototypes, 4))
     given = inputs["teacher_logits"].numel()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.gelu import gelu, gelu_backward_, gelu_reference
 from tests.inputs import COMPILERS, DTYPES, ROW_SHAPES, leaves, randn
 from tests.tolerance import assert_within_error_budget
 
-LEVELS = ["baseline", "avx2", "avx512"]
 OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
 
 
@@ -80,27 +80,21 @@ def test_backward_in_place_gives_gradient_activation_and_bias_gradient(backend, 
         assert_within_error_budget(out, low_precision=low_precision, truth=exact, name=name)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_instruction_set_is_as_good(monkeypatch, level: str, backend: str):
-    from dinov2_fast import native
-
-    if backend != "native" or level not in native.cpu_levels():
-        pytest.skip(f"gelu: {backend} has no {level} here")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+def test_every_instruction_set_is_as_good(level: str):
     test_backward_in_place_gives_gradient_activation_and_bias_gradient(
-        backend, torch.float32, (257, 384)
+        "native", torch.float32, (257, 384)
     )
 
 
-def test_threads_change_no_bit(backend: str):
+def test_threads_change_no_bit(on_native: None):
     x, da = randn(500, 257, scale=2.0), randn(500, 257, seed=1)
-    one = in_place(x, da, backend)
+    one = in_place(x, da, "native")
     torch.set_num_threads(3)
     try:
-        three = in_place(x, da, backend)
+        three = in_place(x, da, "native")
     finally:
         torch.set_num_threads(1)
-    assert backend == "reference" or all(map(torch.equal, one, three))
+    assert all(map(torch.equal, one, three))
 
 
 def test_far_out_values_are_the_limits(backend: str):
@@ -119,13 +113,11 @@ def test_gradcheck():
 
 
 @pytest.mark.filterwarnings(OPCHECK_WARNING)
-def test_opcheck(backend: str):
-    if backend == "reference":
-        pytest.skip("gelu: the reference is no registered op")
+def test_opcheck(on_native: None):
     wide = randn(4, 9)
     for x in (wide[:, :6], wide[:, :6].clone().requires_grad_()):
-        torch.library.opcheck(torch.ops.dinov2_fast.gelu.default, (x, backend))
-        arguments = (randn(4, 6, seed=1), x.detach(), backend)
+        torch.library.opcheck(torch.ops.dinov2_fast.gelu.default, (x, "native"))
+        arguments = (randn(4, 6, seed=1), x.detach(), "native")
         torch.library.opcheck(torch.ops.dinov2_fast.gelu_backward.default, arguments)
 
 
@@ -153,3 +145,23 @@ def test_rejects_bad_input():
         gelu_backward_(torch.zeros(2, 3).double(), torch.zeros(2, 3))
     with pytest.raises(BackendUnavailable, match=r"adjacent columns|not built|float"):
         gelu(torch.zeros(3, 2).t(), backend="native")
+
+
+def test_the_extension_itself_says_what_came():
+    if native.why_not():
+        pytest.skip(native.why_not())
+    x, da, dx = torch.zeros(2, 3), torch.ones(2, 3), torch.full((2, 3), 7.0)
+    good = {"da": da.data_ptr(), "x": x.data_ptr(), "dx": dx.data_ptr(), "activation": 0}
+    good |= {"partials": 0, "rows": 2, "width": 3, "block_rows": 64, "da_row_stride": 3}
+    good |= {"x_row_stride": 3, "dx_row_stride": 3, "activation_row_stride": 0}
+    good |= {"dtype": "float32", "threads": 1, "level": "auto"}
+    for change, message in [
+        ({"rows": -1}, "rows must not be negative, got -1"),
+        ({"width": -2}, "width must not be negative, got -2"),
+        ({"block_rows": 0}, "block_rows must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"dx_row_stride": 2}, "dx: expected a row stride of at least 3 elements, got 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"gelu_backward_cpu: {message}"):
+            native.module().gelu_backward_cpu(**(good | change))
+    assert torch.equal(dx, torch.full((2, 3), 7.0))

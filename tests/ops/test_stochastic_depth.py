@@ -28,12 +28,6 @@ GROUP_LISTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size
 OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
 
 
-@pytest.fixture
-def on_native() -> None:
-    if native.why_not():
-        pytest.skip(f"stochastic_depth: native: {native.why_not()}")
-
-
 def draw(pack: Pack, drop_ratio: float = 0.4, seed: int = 0) -> KeptRows:
     kept = draw_kept_rows(pack, drop_ratio, torch.Generator().manual_seed(seed))
     assert kept is not None
@@ -284,7 +278,7 @@ def test_automatic_choice_takes_the_reference_for_what_the_kernel_refuses(on_nat
 
 def test_the_extension_itself_refuses_bad_arguments(on_native: None):
     x, residual, ones = torch.full((4, 8), 7.0), torch.ones(2, 8), torch.ones(8)
-    rows = torch.tensor([3, -1])
+    rows, far = torch.tensor([3, -1]), torch.tensor([2**63 - 1, -(2**63)])
     tensors = {"x": x, "residual": residual, "rows": rows, "row_scale": ones, "gamma": ones}
     good = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     good |= {"num_x_rows": 4, "num_rows": 2, "channels": 8, "x_row_stride": 8}
@@ -292,6 +286,7 @@ def test_the_extension_itself_refuses_bad_arguments(on_native: None):
     good |= {"threads": 1, "level": "auto"}
     for change, message in [
         ({}, r"rows must be in \[0, 4\), got -1 to 3"),
+        ({"rows": far.data_ptr()}, rf"rows must be in \[0, 4\), got {-(2**63)} to {2**63 - 1}"),
         ({"rows": 0, "num_rows": 5}, "num_rows must be at most 4, got 5"),
         ({"rows": 0, "num_rows": -1}, "num_rows must not be negative, got -1"),
         ({"rows": 0, "gamma": 0}, "gamma must not be a null pointer"),

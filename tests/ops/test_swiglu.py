@@ -24,7 +24,6 @@ SHAPES = [
     (0, 8),  # an empty branch
     (3, 0),  # nothing in a row
 ]
-LEVELS = ["baseline", "avx2", "avx512"]
 # opcheck itself looks at .grad of tensors that are not leaves.
 OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
 
@@ -34,12 +33,6 @@ def dtype(request: pytest.FixtureRequest, backend: str, device: str) -> torch.dt
     if backend == "native" and device == "cpu" and request.param == torch.float16:
         pytest.skip("swiglu: native on cpu takes float32 and bfloat16")
     return request.param
-
-
-@pytest.fixture
-def on_native() -> None:
-    if native.why_not():
-        pytest.skip(f"swiglu: native: {native.why_not()}")
 
 
 def value_and_gradient(x12: Tensor, dh: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -145,27 +138,15 @@ def test_exports_with_the_choice_as_a_constant(on_native: None):
     torch.testing.assert_close(exported.module()(x12), swiglu(x12, backend="native"))
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_instruction_set_is_within_budget_on_every_tail(
-    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, on_native: None
-):
-    if level not in native.cpu_levels():
-        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+def test_every_instruction_set_is_within_budget_on_every_tail(level: str, dtype: torch.dtype):
     for hidden in range(1, 67):  # every tail of vectors of up to 32 elements, and past two of them
         x12 = randn(3, 2 * hidden, dtype=dtype, seed=hidden, scale=3.0)
         dh = randn(3, hidden, dtype=dtype, seed=hidden + 1)
         assert_as_good_as_reference(x12, dh, "native")
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_bfloat16_gate_is_computed_as_exactly_as_its_type_allows(
-    level: str, monkeypatch: pytest.MonkeyPatch, on_native: None
-):
-    if level not in native.cpu_levels():
-        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+def test_every_bfloat16_gate_is_computed_as_exactly_as_its_type_allows(level: str):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     gates = bits.view(torch.bfloat16).view(256, 256)
     gates = gates[gates.isfinite().all(dim=1)]  # only rows of exponent 255 hold others
@@ -179,13 +160,7 @@ def test_every_bfloat16_gate_is_computed_as_exactly_as_its_type_allows(
     assert error.max() <= 0.501
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_float32_error_is_the_sum_of_its_roundings(
-    level: str, monkeypatch: pytest.MonkeyPatch, on_native: None
-):
-    if level not in native.cpu_levels():
-        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+def test_float32_error_is_the_sum_of_its_roundings(level: str):
     gates = torch.linspace(-85, 20, 400_001)[None]  # results below -85 are nearly subnormal
     x12 = torch.cat([gates, torch.ones_like(gates)], dim=1)
     truth = swiglu_reference(x12.double())
@@ -194,13 +169,7 @@ def test_float32_error_is_the_sum_of_its_roundings(
     assert error.max() <= (1.01 + 3 * 0.5) * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_bfloat16_ties_go_to_the_even_neighbour(
-    level: str, monkeypatch: pytest.MonkeyPatch, on_native: None
-):
-    if level not in native.cpu_levels():
-        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
+def test_bfloat16_ties_go_to_the_even_neighbour(level: str):
     # sigmoid(65) is 1 in float32; 325 and 335 lie half-way between bf16's even numbers.
     x12 = torch.tensor([[65.0, 67.0] * 20 + [5.0, 5.0] * 20], dtype=torch.bfloat16)
     assert swiglu(x12, backend="native")[0].tolist() == [324.0, 336.0] * 20
@@ -234,7 +203,10 @@ def test_nan_and_infinity_come_out_as_in_the_reference(
     gates, values = torch.tensor(special, device=device), torch.tensor([1.0, math.nan, math.inf])
     x12 = torch.cat([gates.repeat(3), values.to(device).repeat_interleave(len(special))])[None]
     x12 = x12.to(dtype)
-    h, expected = swiglu(x12, backend=backend), swiglu_reference(x12)
+    # Kernels round once; the reference rounds the activation too: in float16 silu(-88) is 0 then,
+    # and its product with infinity NaN.
+    exact = x12 if backend == "reference" else x12.float()
+    h, expected = swiglu(x12, backend=backend), swiglu_reference(exact).to(dtype)
     assert torch.equal(h.isnan(), expected.isnan())
     assert torch.equal(h.isinf(), expected.isinf())
     _, gradient = value_and_gradient(x12, torch.ones_like(h), backend)

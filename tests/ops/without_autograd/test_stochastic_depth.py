@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinov2_fast import native
 from dinov2_fast.ops.stochastic_depth import (
     KeptRows,
     draw_kept_rows,
@@ -16,7 +15,6 @@ from dinov2_fast.packing import Pack
 from tests.inputs import GROUPS, randn
 from tests.tolerance import assert_within_error_budget
 
-LEVELS = ["baseline", "avx2", "avx512"]
 # Types of the residual stream, and of what the branch works in.
 TYPE_PAIRS = [
     (torch.float32, torch.float32),
@@ -24,12 +22,6 @@ TYPE_PAIRS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
-
-
-@pytest.fixture
-def on_native() -> None:
-    if native.why_not():
-        pytest.skip(f"stochastic_depth: native: {native.why_not()}")
 
 
 def draw(pack: Pack, drop_ratio: float = 0.4, seed: int = 0) -> KeptRows:
@@ -93,17 +85,11 @@ def test_in_place_and_gather_without_autograd_match_reference(
     assert_raw_within_budget(inputs, None if all_rows else kept, types[1], backend)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("types", TYPE_PAIRS, ids=str)
 def test_every_instruction_set_is_within_budget_on_every_tail(
     level: str,
     types: tuple[torch.dtype, torch.dtype],
-    monkeypatch: pytest.MonkeyPatch,
-    on_native: None,
 ):
-    if level not in native.cpu_levels():
-        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", level)
     kept = draw(Pack.from_groups([(5, 2)]))
     for channels in range(67):  # every tail of vectors of up to 32 elements, and past two of them
         x = 2 + randn(10, channels, dtype=types[0], seed=channels)  # sums that do not cancel

@@ -1,6 +1,9 @@
-"""What ops on rows of matrices hand to the extension, and what they keep from it."""
+"""What ops hand to the extension's CPU kernels, and what they keep from them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,45 +14,53 @@ from dinov2_fast import environment, native
 # does the order of any sum.
 BLOCK_ROWS = 64
 
-_FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16)
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*FLOATS, torch.float16)}
+
+Argument: TypeAlias = Tensor | float | str | tuple[int, ...] | None
 
 
-def run_cpu(name: str, **arguments: Tensor | float | str | None) -> None:
+def run_cpu(name: str, **arguments: Argument) -> None:
     """Call the extension's function: tensors as pointers, None as a null pointer.
 
     Args:
         name: of the function.
-        arguments: all but the number of threads and the instruction set.
+        arguments: all but the instruction set and the number of threads; the latter may be given
+            where memory was allocated for that many.
     """
     plain = {
         key: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
         for key, value in arguments.items()
     }
-    getattr(native.module(), name)(
-        **plain, threads=torch.get_num_threads(), level=environment.cpu_level()
-    )
+    plain.setdefault("threads", torch.get_num_threads())
+    getattr(native.module(), name)(**plain, level=environment.cpu_level())
 
 
 def dtype_name(tensor: Tensor) -> str:
     """The dtype as the extension spells it."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _NAMES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
 
 
 def refusals(
-    matrices: dict[str, Tensor | None], vectors: dict[str, Tensor | None]
+    matrices: Mapping[str, Tensor | None],
+    vectors: Mapping[str, Tensor | None],
+    *,
+    floats: tuple[torch.dtype, ...] = FLOATS,
 ) -> dict[str, str]:
     """Why kernels cannot take these tensors, as `choose_backend` wants it; empty if they can.
 
     Args:
         matrices: name -> float tensor whose rows may be strided, its columns not.
         vectors: name -> tensor that must be contiguous.
+        floats: types that the matrices may have.
     """
     for name, tensor in matrices.items():
         if tensor is None:
             continue
-        if tensor.dtype not in _FLOATS:
-            return {"native": f"{name} must be float32 or bfloat16, got {dtype_name(tensor)}"}
-        if tensor.numel() > 0 and tensor.stride(-1) != 1:
+        if tensor.dtype not in floats:
+            known = " or ".join(str(dtype).removeprefix("torch.") for dtype in floats)
+            return {"native": f"{name} must be {known}, got {dtype_name(tensor)}"}
+        if tensor.stride(-1) != 1 and tensor.numel() > 1:
             why = f"{name} must have adjacent columns (stride 1), got stride {tensor.stride(-1)}"
             return {"native": why}
     for name, tensor in vectors.items():
@@ -67,10 +78,14 @@ def refuse_overlap(name: str, written: Tensor) -> dict[str, str]:
 
 def adjacent_columns(gradient: Tensor) -> Tensor:
     """An incoming gradient, copied when autograd expanded it; no caller chose that layout."""
-    return gradient if gradient.stride(1) == 1 else gradient.contiguous()
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
 
 
 def new_partials(like: Tensor, num_rows: int, *width: int) -> Tensor:
-    """Scratch for the sums over blocks of rows: [blocks, *width] float32."""
-    blocks = -(-num_rows // BLOCK_ROWS)
-    return like.new_empty((max(blocks, 1), *width), dtype=torch.float32)
+    """Scratch for the sums over blocks of rows: [blocks, *width] float32.
+
+    Without rows one block of zeros, since a null pointer says that no sums are wanted.
+    """
+    if num_rows == 0:
+        return like.new_zeros((1, *width), dtype=torch.float32)
+    return like.new_empty((-(-num_rows // BLOCK_ROWS), *width), dtype=torch.float32)

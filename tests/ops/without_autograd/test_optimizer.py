@@ -20,21 +20,10 @@ from tests.ops.test_optimizer import (
 )
 from tests.tolerance import assert_within_error_budget
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not())
-
-LEVELS = ("baseline", "avx2", "avx512")
+pytestmark = pytest.mark.usefixtures("on_native")
 
 # Around one and several chunks of the kernels, and tails of every vector width.
 SHAPES = [(16383,), (16384,), (16385,), (3, 16384), (5, 13109), (1,), (0,), (), (31,)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set of this processor, in force."""
-    if request.param not in native.cpu_levels():
-        pytest.skip(f"this processor has {', '.join(native.cpu_levels())}")
-    monkeypatch.setenv("DINOV2_FAST_CPU_LEVEL", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("momentum", [0.2, 0.994])

@@ -1,0 +1,1 @@
+"""Whole steps measured against the eager reference: `dinov2-fast bench`."""

@@ -1,0 +1,196 @@
+"""Launches of the Triton attention kernels: one per run of equally long sequences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 128
+MAX_LAUNCHES = 4
+_LOG2_E = 1.4426950408889634
+
+Groups = Sequence[tuple[int, int]]
+
+
+class Launch(NamedTuple):
+    """Neighbouring sequences that one launch computes; programs past a sequence's end do nothing.
+
+    Args:
+        first: number of the first sequence.
+        num_sequences: how many there are.
+        max_queries: tokens of the longest sequence of queries.
+        max_keys: tokens of the longest sequence of keys.
+    """
+
+    first: int
+    num_sequences: int
+    max_queries: int
+    max_keys: int
+
+
+def refusals(**tensors: Tensor) -> dict[str, str]:
+    """Why the head dimension or the layout of a [T, H, D] tensor rules out the Triton backend."""
+    for name, tensor in tensors.items():
+        if tensor.shape[2] > MAX_HEAD_DIM:
+            why = f"head dimension must be at most {MAX_HEAD_DIM}, got {tensor.shape[2]}"
+            return {"triton": why}
+        if tensor.stride(2) != 1 and tensor.numel() > 1:
+            why = f"{name} must have adjacent columns (stride 1), got stride {tensor.stride(2)}"
+            return {"triton": why}
+    return {}
+
+
+def launches(q_groups: Groups, k_groups: Groups) -> list[int]:
+    """What to launch for packs of these groups: the numbers of a `Launch` after those of another.
+
+    A few groups take one launch each, without idle programs; many take one launch together.
+    """
+    counts = [count for count, _ in k_groups]
+    if counts != [count for count, _ in q_groups] or len(counts) > MAX_LAUNCHES:
+        longest = [max((n for c, n in g if c), default=0) for g in (q_groups, k_groups)]
+        return [0, sum(counts), *longest]
+    firsts = itertools.accumulate(counts, initial=0)
+    groups = zip(firsts, counts, q_groups, k_groups, strict=False)
+    return [number for first, count, q, k in groups for number in (first, count, q[1], k[1])]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    launches: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32."""
+    kernels = _kernels()
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        for run in _runs(launches):
+            tile = _tile(q, run.max_queries)
+            num_blocks = -(-run.max_queries // tile["BLOCK_Q"])
+            _launch(
+                kernels.forward_kernel,
+                run,
+                num_blocks,
+                (q, k, v, out, lse, q_offsets, k_offsets),
+                (q, k, v, out),
+                (lse.stride(0), scale * _LOG2_E),
+                tile,
+            )
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    launches: Sequence[int],
+    scale: float,
+    *,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+) -> None:
+    """Write the gradients of queries, keys and values; without out, it is computed once more."""
+    kernels = _kernels()
+    if out is None:
+        out, _ = forward(q, k, v, q_offsets, k_offsets, launches, scale)
+    delta = torch.empty_like(lse)
+    sums = (lse.stride(0), delta.stride(0))
+    with torch.cuda.device_of(q):
+        for run in _runs(launches):
+            tile = _tile(q, run.max_queries, backward=True)
+            if run.max_queries <= tile["BLOCK_Q"] and run.max_keys <= tile["BLOCK_K"]:
+                _launch(
+                    kernels.backward_short_kernel,
+                    run,
+                    1,
+                    (d_out, q, k, v, d_q, d_k, d_v, q_offsets, k_offsets),
+                    (d_out, q, k, v, d_q, d_k, d_v),
+                    (scale, scale * _LOG2_E),
+                    tile,
+                )
+                continue
+            _launch(
+                kernels.backward_queries_kernel,
+                run,
+                -(-run.max_queries // tile["BLOCK_Q"]),
+                (d_out, out, q, k, v, lse, delta, d_q, q_offsets, k_offsets),
+                (d_out, out, q, k, v, d_q),
+                (*sums, scale, scale * _LOG2_E),
+                tile,
+            )
+            _launch(
+                kernels.backward_keys_kernel,
+                run,
+                -(-run.max_keys // tile["BLOCK_K"]),
+                (d_out, q, k, v, lse, delta, d_k, d_v, q_offsets, k_offsets),
+                (d_out, q, k, v, d_k, d_v),
+                (*sums, scale, scale * _LOG2_E),
+                tile,
+            )
+
+
+def _kernels() -> Any:
+    """The file of the kernels, whose types pyright cannot know."""
+    from dinov2_fast.kernels import attention
+
+    return attention
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[Launch]:
+    """The launches that `launches` described."""
+    yield from (Launch(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
+
+
+def _launch(
+    kernel: Any,
+    run: Launch,
+    num_blocks: int,
+    pointers: tuple[Tensor, ...],
+    strided: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    tile: dict[str, Any],
+) -> None:
+    """One program per (sequence, block, head); arguments in the order of every attention kernel."""
+    heads = strided[0].shape[1]
+    num_programs = run.num_sequences * num_blocks * heads
+    if num_programs == 0:
+        return
+    strides = [stride for tensor in strided for stride in (tensor.stride(0), tensor.stride(1))]
+    kernel[(num_programs,)](*pointers, *strides, *numbers, run.first, num_blocks, heads, **tile)
+
+
+def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, Any]:
+    """Sizes of a program; none of them was tuned on a GPU yet."""
+    head_dim = q.shape[2]
+    wide = max(16, 1 << (head_dim - 1).bit_length())
+    interpreted = q.device.type == "cpu"
+    blocks, num_warps = (64, 64), 8 if wide > 64 else 4
+    if interpreted:
+        pass  # few large products are the fastest there
+    elif q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
+        blocks, num_warps = ((16, 16), 4) if wide > 64 else ((32, 32), 8)
+    elif max_queries > 512 and not backward:
+        blocks, num_warps = (128, 64), 8
+    return {
+        "D": head_dim,
+        "WIDE": wide,
+        "BLOCK_Q": blocks[0],
+        "BLOCK_K": blocks[1],
+        "PRECISION": "interpreted" if interpreted else "ieee",
+        "num_warps": num_warps,
+        "num_stages": 1 if q.dtype == torch.float32 else 2,
+    }
