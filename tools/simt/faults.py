@@ -38,11 +38,14 @@ class Checks:
     divergence: bool = True
     pending: bool = True  # leaving with copies in flight
     wgmma: bool = True  # registers touched without wgmma.fence
+    # One store by which lanes of a warp write different values to one place. Triton lets lanes
+    # that hold the same sum, but for its rounding, write it together.
+    same_store: bool = True
 
     @classmethod
     def none(cls) -> Checks:
         """No check that could be left out."""
-        return cls(False, False, "poison", *[False] * 8)
+        return cls(False, False, "poison", *[False] * 9)
 
     @property
     def shadow(self) -> bool:

@@ -98,7 +98,7 @@ class Shared:
         place = flat // (width * count)
         rows = self.view(width, count)
         rows[place] = values if count > 1 else values[:, 0]
-        if twice and self.batch.checks.race:
+        if twice and self.batch.checks.race and self.batch.checks.same_store:
             kept = rows[place].reshape(-1, count) != values
             if kept.any():
                 first = int(np.flatnonzero(kept.any(axis=1))[0])

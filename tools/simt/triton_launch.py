@@ -1,0 +1,102 @@
+"""Launches of Triton kernels, executed by the interpreter instead of a GPU.
+
+Inside `triton_on_cpu(80)`, `kernel[grid](...)` with CPU tensors compiles for sm_80 and runs the PTX
+that a GPU of that kind would get, with every check but one: lanes of a warp that have added the same
+numbers in another order all store their sum, and which of them wins is left to the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tools.simt.faults import Checks
+from tools.simt.launch import Result, launch
+from tools.simt.memory import Device
+
+
+@contextlib.contextmanager
+def triton_on_cpu(arch: int = 80, **launch_options: Any) -> Iterator[list[Result]]:
+    """Execute Triton's launches here.
+
+    Args:
+        arch: 80 or 90.
+        launch_options: of simt.launch: checks, schedule, profile.
+    Yields:
+        The results of all launches so far.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    results: list[Result] = []
+    made: dict[str, Any] = {}
+
+    def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kwargs["debug"] = False
+        bound, signature, compiled = _compile(function, backend, target, made, args, kwargs)
+        sizes = grid(bound) if callable(grid) else grid
+        device = Device()
+        values = [
+            _argument(bound[name], device, name)
+            for name, kind in signature.items()
+            if kind != "constexpr"
+        ]
+        meta = compiled.metadata
+        results.append(
+            launch(
+                compiled.asm["ptx"],
+                meta.name,
+                sizes,
+                32 * meta.num_warps,
+                values,
+                meta.shared,
+                device=device,
+                **launch_options,
+            )
+        )
+
+    launch_options = {"checks": Checks(same_store=False), **launch_options}
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield results
+    finally:
+        JITFunction.run = original
+
+
+def _compile(
+    function: Any, backend: Any, target: Any, made: dict[str, Any], args: Any, kwargs: Any
+) -> tuple[dict[str, Any], dict[str, str], Any]:
+    """Arguments by name, types by name, and the compiled kernel."""
+    import triton
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attrs = function._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
+    key = f"{function.cache_key} {specialization} {options}"
+    if key not in made:
+        source = ASTSource(function, signature, constants, attrs)
+        made[key] = triton.compile(source, target=target, options=options.__dict__)
+    return bound, signature, made[key]
+
+
+def _argument(value: Any, device: Device, name: str) -> Any:
+    """A tensor as the address of its first element in a copy of its storage."""
+    if not hasattr(value, "untyped_storage"):
+        return value
+    import torch
+
+    storage = value.untyped_storage()
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    base = device.pointer(whole, name)
+    return np.uint64(base + value.storage_offset() * value.element_size())
