@@ -1,8 +1,8 @@
 """Launches of Triton kernels, executed by the interpreter instead of a GPU.
 
 Inside `triton_on_cpu(80)`, `kernel[grid](...)` with CPU tensors compiles for sm_80 and runs the PTX
-that a GPU of that kind would get, with every check but one: lanes of a warp that have added the same
-numbers in another order all store their sum, and which of them wins is left to the GPU.
+that a GPU of that kind would get, with every check but one: lanes of a warp that have added the
+same numbers in another order all store their sum, and which of them wins is left to the GPU.
 """
 
 from __future__ import annotations
