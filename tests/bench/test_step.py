@@ -10,7 +10,7 @@ import pytest
 
 from dinov2_fast import cli
 from dinov2_fast.bench import step
-from dinov2_fast.bench.contender import measure_saved_bytes
+from dinov2_fast.bench.contender import measure_profile, measure_saved_bytes
 from dinov2_fast.bench.report import ReportError, headline, markdown, read_rows
 from dinov2_fast.bench.setting import StepSetting
 from dinov2_fast.errors import ConfigError
@@ -89,6 +89,16 @@ def test_kept_bytes_shrink_as_promised():
     setting = StepSetting(arch="debug", prototypes=64, batch_size=4, drop_ratio=0.4, threads=1)
     kept = {name: measure_saved_bytes(name, setting)["saved_mib"] for name in ("reference", "fast")}
     assert kept["reference"] / kept["fast"] > 3
+
+
+def test_a_profile_gives_shares_of_operators():
+    setting = StepSetting(
+        arch="debug", prototypes=64, batch_size=2, threads=1, global_px=112, local_px=42
+    )
+    shares = measure_profile("fast", setting)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert 0.5 < sum(shares.values()) <= 1
+    assert "aten::mm" in shares
 
 
 def test_a_summary_says_the_ratios():
