@@ -124,11 +124,9 @@ def test_operations_are_those_torch_counts():
 
 
 def test_the_fast_step_needs_fewer_operations():
-    for drop_ratio in (0.0, 0.4):
-        setting = dataclasses.replace(SETTING, drop_ratio=drop_ratio)
-        assert fast_flops(setting) < eager_flops(setting)
-    dense = dataclasses.replace(SETTING, drop_ratio=0.0)
-    assert fast_flops(setting) < fast_flops(dense)
+    dropping = dataclasses.replace(SETTING, drop_ratio=0.4)
+    assert fast_flops(SETTING) < eager_flops(SETTING) == eager_flops(dropping)
+    assert fast_flops(dropping) < fast_flops(SETTING)
 
 
 def test_what_the_reference_lacks_is_refused():
