@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dinov2_fast.nn.linear import Linear
 from dinov2_fast.ops.attention import attention, attention_weights
 from dinov2_fast.packing import Pack
 
@@ -31,8 +32,8 @@ class Attention(nn.Module):
             )
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, pack: Pack | None = None) -> Tensor:
         """Attend within each sequence.

@@ -18,6 +18,7 @@ from dinov2_fast.nn.branch_plan import (
 )
 from dinov2_fast.nn.layer_norm import LayerNorm
 from dinov2_fast.nn.layer_scale import LayerScale
+from dinov2_fast.nn.linear import Linear
 from dinov2_fast.nn.mlp import Mlp
 from dinov2_fast.nn.residual_branch import AttentionBranch, FeedForwardBranch
 from dinov2_fast.nn.stochastic_depth import add_branch
@@ -29,7 +30,7 @@ FFN_LAYERS: dict[str, type[Mlp] | type[SwiGLUFFN]] = {"mlp": Mlp, "swiglu": SwiG
 
 # Modules whose arithmetic the memory-owning branches know. Another type in their place (an adapter,
 # a quantised layer), a hook or a parametrisation is called instead, on the plain path.
-_KNOWN = (Attention, LayerNorm, LayerScale, Mlp, SwiGLUFFN, nn.Linear, nn.Identity)
+_KNOWN = (Attention, LayerNorm, LayerScale, Mlp, SwiGLUFFN, Linear, nn.Linear, nn.Identity)
 
 
 class Block(nn.Module):

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinov2_fast.nn.linear import Linear
+from dinov2_fast.ops._matmul import autocast_linear
+
 
 class Prototypes(nn.Module):
     """A bias-free linear layer whose rows have a learnt length each.
@@ -38,7 +41,7 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [R, K] of x [R, in_features]."""
-        return F.linear(x, self.weight)
+        return autocast_linear(x, self.weight, None)
 
     def extra_repr(self) -> str:
         """What `print(head)` shows."""
@@ -109,5 +112,5 @@ def _projection(in_dim: int, hidden_dim: int, bottleneck_dim: int, num_layers: i
     widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
+        layers += [Linear(fan_in, fan_out), nn.GELU()]
     return layers[0] if num_layers == 1 else nn.Sequential(*layers[:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dinov2_fast.nn.linear import Linear
 from dinov2_fast.ops.gelu import gelu
 
 
@@ -26,8 +27,8 @@ class Mlp(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features or in_features, bias=bias)
-        self.fc2 = nn.Linear(hidden_features or in_features, out_features or in_features, bias=bias)
+        self.fc1 = Linear(in_features, hidden_features or in_features, bias=bias)
+        self.fc2 = Linear(hidden_features or in_features, out_features or in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., C] token by token."""

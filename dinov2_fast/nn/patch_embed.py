@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+from dinov2_fast.ops._matmul import autocast_linear
 
 
 class PatchEmbed(nn.Module):
@@ -54,5 +57,14 @@ class PatchEmbed(nn.Module):
                 f"patch_embed: expected images [B, {self.proj.in_channels}, H, W], "
                 f"got {tuple(x.shape)}"
             )
-        self.grid_of(x.shape[2], x.shape[3])
+        rows, columns = self.grid_of(x.shape[2], x.shape[3])
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return self._as_product(x, rows, columns)
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, N, C]
+
+    def _as_product(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """The convolution as one matrix product: PyTorch's has no fast form for bfloat16."""
+        p = self.patch_size
+        patches = x.view(x.shape[0], x.shape[1], rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(x.shape[0], rows * columns, -1)  # [B, N, in_channels * P * P]
+        return autocast_linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dinov2_fast.nn.linear import Linear
 from dinov2_fast.ops.swiglu import swiglu
 
 HIDDEN_MULTIPLE = 8
@@ -43,8 +44,8 @@ class SwiGLUFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_features = swiglu_hidden_features(hidden_features or in_features)
-        self.w12 = nn.Linear(in_features, 2 * self.hidden_features, bias=bias)
-        self.w3 = nn.Linear(self.hidden_features, out_features or in_features, bias=bias)
+        self.w12 = Linear(in_features, 2 * self.hidden_features, bias=bias)
+        self.w3 = Linear(self.hidden_features, out_features or in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., C] token by token."""

@@ -1,4 +1,4 @@
-"""Matrix products of a residual branch, through the fastest library for a type and a processor.
+"""Matrix products with weights, through the fastest library for a type and a processor.
 
 Activations come in the storage type of the step (float32, bfloat16 or float16), weights in float32.
 On processors whose bfloat16 dot products are slower than float32 arithmetic, a product of bfloat16
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @functools.cache
@@ -27,6 +28,48 @@ def has_fast_bfloat16() -> bool:
         return bool(found.get("bf16"))
     intel = "intel" in str(found.get("cpu_name", "")).lower()
     return bool(found.get("amx_bf16")) or (bool(found.get("avx512_bf16")) and not intel)
+
+
+def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` with a graph, in the type autocast asks for.
+
+    Args:
+        x: [..., I].
+        weight: [O, I].
+        bias: [O], or None.
+    Returns:
+        [..., O].
+    """
+    plain = x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling()
+    if plain or not torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    rows = x.to(torch.get_autocast_dtype("cpu")).reshape(-1, x.shape[-1])
+    y = _Linear.apply(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` of rows with its gradients; keeps the rows, in their type, and the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[R, O] of x [R, I]."""
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        d_bias = None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype)
+        return (
+            input_gradient(grad, weight) if wants_x else None,
+            weight_gradient(grad, x, weight) if wants_weight else None,
+            d_bias,
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
