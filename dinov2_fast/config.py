@@ -236,8 +236,8 @@ class RunConfig:
     """Images per process and step."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs backbone and heads under autocast; losses, Sinkhorn-Knopp and weights stay fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 runs backbone and heads under autocast; auto: bf16 where it is faster at the start."""
     num_threads: CountOrZero = 0
     """CPU threads of the training process; 0 keeps torch's choice."""
     log_every_steps: Count = 10

@@ -33,7 +33,6 @@ def describe(config: Config, *, num_processes: int | None = None) -> str:
             recipe=config.recipe,
             seed=config.run.seed,
             device="meta",
-            precision=config.run.precision,
         )
     networks = {name: count_parameters(module) for name, module in pair.student.items()}
     total_steps = config.schedule.total_steps

@@ -87,6 +87,7 @@ def open_session(
         progress: what the user sees.
         source: the images.
     """
+    assert config.run.precision != "auto"  # `with_precision` decided
     pair = build_student_teacher(
         config.model,
         config.loss,

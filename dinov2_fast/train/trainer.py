@@ -24,6 +24,7 @@ from dinov2_fast.train.describe import count_parameters, describe
 from dinov2_fast.train.interruption import STOP_ERRORS, Interruption
 from dinov2_fast.train.metrics import memory_mib, target_statistics, to_floats
 from dinov2_fast.train.parallel import Place, joined, peer_stopped
+from dinov2_fast.train.precision import with_precision
 from dinov2_fast.train.progress import Progress
 from dinov2_fast.train.run_directory import RunDirectory, append_lines, output_errors
 from dinov2_fast.train.schedules import StepValues
@@ -84,6 +85,7 @@ def train(
         _owned(RunDirectory(out), place) as files,
         Interruption() as interruption,
     ):
+        config = place.on_main(lambda: with_precision(config, files, place.device))
         total_steps = config.schedule.total_steps
         progress = Progress(
             total_steps, config.run.batch_size * place.world_size, visible=place.is_main
@@ -181,7 +183,7 @@ def _announcement(session: Session, source: ImageSource, *, stop_step: int) -> s
     return (
         f"{len(source):,} images; {count_parameters(session.pair.student):,} parameters; steps "
         f"{session.step + 1} to {stop_step} of {session.global_batch_size} images "
-        f"on {session.place.world_size} x {session.place.device}"
+        f"on {session.place.world_size} x {session.place.device} in {session.config.run.precision}"
     )
 
 
