@@ -1,7 +1,9 @@
-// The optimizer on the CPU, over whole lists of tensors: AdamW with the teacher's moving average in
-// one pass over memory, and the gradient norm. Tensors are cut into chunks of a fixed size, so that
-// threads share them evenly and no sum depends on how many threads there are.
+// The optimizer on the CPU, over whole lists of tensors: AdamW with the teacher's moving average
+// and the bfloat16 copies of both in one pass over memory, and the gradient norm. Tensors are cut
+// into chunks of a fixed size, so that threads share them evenly and no sum depends on how many
+// threads there are.
 #include "cpu/rows.hpp"
+#include "keywords.hpp"
 
 #include <pybind11/stl.h>
 
@@ -42,6 +44,8 @@ struct Lerp {
 struct Step {
   const uintptr_t *parameters, *gradients, *exp_avgs, *exp_avg_sqs;
   const uintptr_t* ema_parameters; // null without a teacher
+  const uintptr_t* copies;         // null without copies; of a tensor that has none, 0
+  const uintptr_t* ema_copies;     // those of the teacher
   Lerp first_moment, ema;
   float gradient_scale, beta2, one_minus_beta2;
   float root_correction; // sqrt(1 - beta2^step)
@@ -49,7 +53,7 @@ struct Step {
 };
 
 struct StepKernel {
-  template <bool with_ema>
+  template <bool with_ema, bool with_copy>
   [[gnu::always_inline]] static inline void chunk(const Step& s, int64_t tensor, int64_t begin,
                                                   int64_t end) {
     float* __restrict parameter = reinterpret_cast<float*>(s.parameters[tensor]);
@@ -58,6 +62,9 @@ struct StepKernel {
     float* __restrict exp_avg_sq = reinterpret_cast<float*>(s.exp_avg_sqs[tensor]);
     float* __restrict teacher =
         with_ema ? reinterpret_cast<float*>(s.ema_parameters[tensor]) : nullptr;
+    bfloat16* __restrict copy = with_copy ? reinterpret_cast<bfloat16*>(s.copies[tensor]) : nullptr;
+    bfloat16* __restrict teacher_copy =
+        with_copy && with_ema ? reinterpret_cast<bfloat16*>(s.ema_copies[tensor]) : nullptr;
     const Step local = s; // stores to floats cannot change it: its members stay in registers
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
@@ -69,17 +76,32 @@ struct StepKernel {
       exp_avg[i] = m;
       exp_avg_sq[i] = v;
       parameter[i] = p;
-      if constexpr (with_ema)
-        teacher[i] = local.ema(teacher[i], p);
+      if constexpr (with_copy)
+        store(copy[i], p);
+      if constexpr (with_ema) {
+        const float average = local.ema(teacher[i], p);
+        teacher[i] = average;
+        if constexpr (with_copy)
+          store(teacher_copy[i], average);
+      }
     }
+  }
+
+  template <bool with_ema>
+  [[gnu::always_inline]] static inline void with_or_without_copy(const Step& s, int64_t tensor,
+                                                                 int64_t begin, int64_t end) {
+    if (s.copies == nullptr || s.copies[tensor] == 0)
+      chunk<with_ema, false>(s, tensor, begin, end);
+    else
+      chunk<with_ema, true>(s, tensor, begin, end);
   }
 
   [[gnu::always_inline]] static inline void run(const Step& s, int64_t tensor, int64_t begin,
                                                 int64_t end) {
     if (s.ema_parameters == nullptr)
-      chunk<false>(s, tensor, begin, end);
+      with_or_without_copy<false>(s, tensor, begin, end);
     else
-      chunk<true>(s, tensor, begin, end);
+      with_or_without_copy<true>(s, tensor, begin, end);
   }
 };
 
@@ -152,12 +174,29 @@ void require_pointers(const char* op, const char* name, const Pointers& pointers
     require_vector(op, name, reinterpret_cast<const void*>(pointers[i]), sizes[i]);
 }
 
-void optimizer_step(const Pointers& parameters, const Pointers& gradients, const Pointers& exp_avgs,
-                    const Pointers& exp_avg_sqs, const Pointers& ema_parameters, bool with_ema,
-                    const std::vector<int64_t>& sizes, double lr, double weight_decay, double beta1,
-                    double beta2, double eps, int64_t step, double momentum, double gradient_scale,
-                    int threads, const std::string& level) {
+// Copies come with every tensor of the list or with none; a tensor may have 0 for its own.
+void require_copies(const char* op, const char* name, const Pointers& copies,
+                    const std::vector<int64_t>& sizes) {
+  require(copies.empty() || copies.size() == sizes.size(), op,
+          std::string(name) + " must hold 0 or " + std::to_string(sizes.size()) +
+              " pointers, got " + std::to_string(copies.size()));
+}
+
+void optimizer_step(const py::kwargs& a) {
   constexpr const char* op = "optimizer_step_cpu";
+  const auto sizes = keyword<std::vector<int64_t>>(a, "sizes");
+  const int threads = keyword<int>(a, "threads");
+  const auto parameters = keyword<Pointers>(a, "parameters");
+  const auto gradients = keyword<Pointers>(a, "gradients");
+  const auto exp_avgs = keyword<Pointers>(a, "exp_avgs");
+  const auto exp_avg_sqs = keyword<Pointers>(a, "exp_avg_sqs");
+  const auto ema_parameters = keyword<Pointers>(a, "ema_parameters");
+  const auto copies = keyword<Pointers>(a, "copies");
+  const auto ema_copies = keyword<Pointers>(a, "ema_copies");
+  const bool with_ema = keyword<bool>(a, "with_ema");
+  const double lr = keyword<double>(a, "lr"), weight_decay = keyword<double>(a, "weight_decay");
+  const double beta1 = keyword<double>(a, "beta1"), beta2 = keyword<double>(a, "beta2");
+  const int64_t step = keyword<int64_t>(a, "step");
   require_sizes(op, sizes, threads);
   require(step >= 1, op, "step must be at least 1, got " + std::to_string(step));
   require_pointers(op, "parameters", parameters, sizes);
@@ -166,22 +205,30 @@ void optimizer_step(const Pointers& parameters, const Pointers& gradients, const
   require_pointers(op, "exp_avg_sqs", exp_avg_sqs, sizes);
   if (with_ema)
     require_pointers(op, "ema_parameters", ema_parameters, sizes);
+  require_copies(op, "copies", copies, sizes);
+  require_copies(op, "ema_copies", ema_copies, sizes);
+  for (size_t i = 0; with_ema && i < copies.size(); ++i)
+    require(!ema_copies.empty() && (copies[i] == 0) == (ema_copies[i] == 0), op,
+            "ema_copies must hold a pointer where copies do");
   const double n = static_cast<double>(step);
   const Step s{parameters.data(),
                gradients.data(),
                exp_avgs.data(),
                exp_avg_sqs.data(),
                with_ema ? ema_parameters.data() : nullptr,
+               copies.empty() ? nullptr : copies.data(),
+               ema_copies.data(),
                Lerp(1.0 - beta1),
-               Lerp(1.0 - momentum),
-               static_cast<float>(gradient_scale),
+               Lerp(1.0 - keyword<double>(a, "momentum")),
+               static_cast<float>(keyword<double>(a, "gradient_scale")),
                static_cast<float>(beta2),
                static_cast<float>(1.0 - beta2),
                static_cast<float>(std::sqrt(1.0 - std::pow(beta2, n))),
-               static_cast<float>(eps),
+               static_cast<float>(keyword<double>(a, "eps")),
                static_cast<float>(1.0 - lr * weight_decay),
                static_cast<float>(-lr / (1.0 - std::pow(beta1, n)))};
-  auto* run = at_level<StepKernel, Step>(choose_level(op, level));
+  auto* run = at_level<StepKernel, Step>(choose_level(op, keyword<std::string>(a, "level")));
+  const py::gil_scoped_release release;
   parallel_chunks(chunks_of(sizes), threads, [&](int64_t, const Chunk& chunk) {
     run(s, chunk.tensor, chunk.begin, chunk.end);
   });
@@ -213,12 +260,11 @@ double optimizer_norm(const Pointers& tensors, const std::vector<int64_t>& sizes
 void bind_optimizer_cpu(py::module_& m) {
   using namespace dinov2_fast;
   m.def("optimizer_step_cpu", &optimizer_step,
-        "AdamW and the teacher's moving average in place; lists of pointers to adjacent float32.",
-        py::arg("parameters"), py::arg("gradients"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-        py::arg("ema_parameters"), py::arg("with_ema"), py::arg("sizes"), py::arg("lr"),
-        py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("step"), py::arg("momentum"), py::arg("gradient_scale"), py::arg("threads"),
-        py::arg("level"), py::call_guard<py::gil_scoped_release>());
+        "AdamW, the teacher's moving average and bfloat16 copies of both, in place. Lists of "
+        "pointers "
+        "to adjacent float32 (parameters, gradients, exp_avgs, exp_avg_sqs, ema_parameters) and "
+        "bfloat16 (copies, ema_copies: empty, or 0 for a tensor without); with_ema, sizes, lr, "
+        "weight_decay, beta1, beta2, eps, step, momentum, gradient_scale, threads, level.");
   m.def("optimizer_norm_cpu", &optimizer_norm,
         "Euclidean norm of all tensors as one vector; a list of pointers to adjacent float32.",
         py::arg("tensors"), py::arg("sizes"), py::arg("threads"), py::arg("level"),

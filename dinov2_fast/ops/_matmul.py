@@ -72,12 +72,45 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class LowPrecisionCopy:
+    """A weight in the type that products take, kept with it so that no product casts it.
+
+    Whoever changes the weight writes the copy and says so; a weight that changed without is cast at
+    every product until then.
+
+    Args:
+        weight: [O, I] parameter; the copy hangs on it as `low_precision`.
+        dtype: of the copy.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.tensor = weight.detach().to(dtype)
+        self._version = weight._version
+        weight.low_precision = self  # pyright: ignore[reportAttributeAccessIssue]
+
+    def mark_written(self, weight: Tensor) -> None:
+        """Note that the copy holds what the weight holds now."""
+        self._version = weight._version
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether the weight has not changed since the copy was written."""
+        return self._version == weight._version
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in a type: its copy if that is current."""
+    copy = getattr(weight, "low_precision", None)
+    if copy is not None and copy.tensor.dtype == dtype and copy.is_current(weight):
+        return copy.tensor
+    return weight.to(dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in the type of x, whatever autocast says: [R, I] -> [R, O]."""
     with torch.autocast(x.device.type, enabled=False):
         if _in_weight_type(x, weight):
             return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, _cast(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -85,7 +118,7 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(gradient.device.type, enabled=False):
         if _in_weight_type(gradient, weight):
             return torch.mm(gradient.to(weight.dtype), weight).to(gradient.dtype)
-        return torch.mm(gradient, weight.to(gradient.dtype))
+        return torch.mm(gradient, _cast(weight, gradient.dtype))
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -36,6 +36,20 @@ def norm_cpu(gradients: Sequence[Tensor]) -> Tensor:
     return torch.tensor(norm, dtype=torch.float32)
 
 
+def takes_copies(
+    copies: Sequence[Tensor | None],
+    ema_copies: Sequence[Tensor | None],
+    ema_parameters: Sequence[Tensor] | None,
+) -> bool:
+    """Whether the kernel writes these copies in its own pass over memory."""
+    given = [copy for copy in (*copies, *ema_copies) if copy is not None]
+    if any(copy.dtype != torch.bfloat16 or not copy.is_contiguous() for copy in given):
+        return False
+    if ema_parameters is None:
+        return True
+    return [copy is None for copy in copies] == [copy is None for copy in ema_copies]
+
+
 def step_cpu(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -44,12 +58,15 @@ def step_cpu(
     ema_parameters: Sequence[Tensor] | None,
     *,
     gradient_scale: Tensor | float,
+    copies: Sequence[Tensor | None] = (),
+    ema_copies: Sequence[Tensor | None] = (),
     **numbers: float,
 ) -> None:
     """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
     teachers = () if ema_parameters is None else ema_parameters
     # Autograd does not see writes through pointers, and must refuse what saved the old values.
-    increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *teachers])
+    written = [copy for copy in (*copies, *ema_copies) if copy is not None]
+    increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *teachers, *written])
     native.module().optimizer_step_cpu(
         parameters=_pointers(parameters),
         gradients=_pointers(gradients),
@@ -57,6 +74,8 @@ def step_cpu(
         exp_avg_sqs=_pointers(exp_avg_sqs),
         ema_parameters=_pointers(teachers),
         with_ema=ema_parameters is not None,
+        copies=_pointers(copies),
+        ema_copies=_pointers(ema_copies),
         sizes=[parameter.numel() for parameter in parameters],
         gradient_scale=float(gradient_scale),
         threads=torch.get_num_threads(),
@@ -65,6 +84,6 @@ def step_cpu(
     )
 
 
-def _pointers(tensors: Sequence[Tensor]) -> list[int]:
-    """Address of the first element of each tensor; 0 for an empty one."""
-    return [tensor.data_ptr() for tensor in tensors]
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Address of the first element of each tensor; 0 for an empty one, and for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

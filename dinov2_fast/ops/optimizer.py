@@ -123,6 +123,8 @@ def adamw_ema_step(
     momentum: float,
     gradient_scale: Tensor | float = 1.0,
     skip: Tensor | None = None,
+    copies: Sequence[Tensor | None] = (),
+    ema_copies: Sequence[Tensor | None] = (),
     backend: str | None = None,
 ) -> None:
     """AdamW with decoupled decay, then the teacher's moving average, all in place.
@@ -148,9 +150,12 @@ def adamw_ema_step(
             read on the device.
         skip: 0-d bool; where it is true nothing changes, whatever the gradients hold. None is
             false.
+        copies: p in another type, for matrix products, written anew; one per parameter, None for a
+            parameter without, or empty.
+        ema_copies: the teacher's, where `copies` has one.
         backend: see `backends.choose_backend`.
     Raises:
-        TypeError: skip not bool, or gradient_scale not 0-d.
+        TypeError: skip not bool, gradient_scale not 0-d, copies not floating-point.
         ValueError: lists of different length, shapes, dtypes or devices; a number out of range.
         BackendUnavailable: the explicit backend cannot compute this call.
     Source: Loshchilov, Hutter, "Decoupled weight decay regularization", 2019.
@@ -158,6 +163,8 @@ def adamw_ema_step(
     _check_lists(parameters, gradients, exp_avgs, exp_avg_sqs, ema_parameters)
     _check_numbers(lr, weight_decay, beta1, beta2, eps, step, momentum)
     _check_scalars(gradient_scale, skip)
+    _check_copies(parameters, "copies", copies)
+    _check_copies(parameters if ema_parameters is not None else (), "ema_copies", ema_copies)
     if not parameters:
         return
     refusals = _refusals(
@@ -186,14 +193,20 @@ def adamw_ema_step(
     }
     lists = (parameters, gradients, exp_avgs, exp_avg_sqs)
     if chosen == "native":
+        if _optimizer_native.takes_copies(copies, ema_copies, ema_parameters):
+            numbers |= {"copies": copies, "ema_copies": ema_copies}
+            copies = ema_copies = ()
         _optimizer_native.step_cpu(*lists, ema_parameters, **numbers)
-        return
-    if chosen == "triton":
+    elif chosen == "triton":
         _optimizer_triton.step(*lists, ema_parameters, **numbers, skip=skip)
-        return
-    for index, tensors in enumerate(zip(*lists, strict=True)):
-        teacher = None if ema_parameters is None else ema_parameters[index]
-        adamw_ema_reference(*tensors, teacher, **numbers, skip=skip)
+    else:
+        for index, tensors in enumerate(zip(*lists, strict=True)):
+            teacher = None if ema_parameters is None else ema_parameters[index]
+            adamw_ema_reference(*tensors, teacher, **numbers, skip=skip)
+    for sources, targets in ((parameters, copies), (ema_parameters or (), ema_copies)):
+        for source, target in zip(sources, targets, strict=False):
+            if target is not None:
+                target.copy_(source)
 
 
 def _refusals(first: Tensor, scalars: str, **lists: Sequence[Tensor] | None) -> dict[str, str]:
@@ -232,6 +245,29 @@ def _check_lists(
                     f"adamw_ema_step: {name}[{index}] must have shape, dtype and device "
                     f"{wanted} of its parameter, got {got}"
                 )
+
+
+def _check_copies(parameters: Sequence[Tensor], name: str, copies: Sequence[Tensor | None]) -> None:
+    """Refuse copies that are not one per parameter, of its shape and on its device."""
+    if len(copies) not in (0, len(parameters)):
+        raise ValueError(
+            f"adamw_ema_step: {name} must have one tensor or None for each of the "
+            f"{len(parameters)} parameters, or none at all, got {len(copies)}"
+        )
+    for index, (copy, parameter) in enumerate(zip(copies, parameters, strict=False)):
+        if copy is None:
+            continue
+        if not copy.is_floating_point():
+            raise TypeError(
+                f"adamw_ema_step: {name}[{index}] must be of a floating-point type, "
+                f"got {copy.dtype}"
+            )
+        if copy.shape != parameter.shape or copy.device != parameter.device:
+            raise ValueError(
+                f"adamw_ema_step: {name}[{index}] must have shape and device "
+                f"{(tuple(parameter.shape), parameter.device)} of its parameter, "
+                f"got {(tuple(copy.shape), copy.device)}"
+            )
 
 
 def _check_numbers(

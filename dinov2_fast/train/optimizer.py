@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dinov2_fast.config import OptimizerConfig
 from dinov2_fast.distributed import all_reduce_max
 from dinov2_fast.errors import CheckpointError
+from dinov2_fast.ops._matmul import LowPrecisionCopy, has_fast_bfloat16
 from dinov2_fast.ops.optimizer import adamw_ema_step, clip_coefficient, gradient_norm
 from dinov2_fast.train.schedules import StepValues, scaled_lr
 from dinov2_fast.train.student_teacher import StudentTeacher
@@ -107,6 +109,7 @@ class PretrainingOptimizer:
         self._teacher = dict(pair.teacher.named_parameters())
         self._exp_avg = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
         self._exp_avg_sq = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self._copies = _low_precision_copies(pair)
         self._num_steps = 0
 
     def zero_gradients(self) -> None:
@@ -144,6 +147,7 @@ class PretrainingOptimizer:
         for group in self.groups:
             names = [name for name in group.names if self._parameters[name].grad is not None]
             lr = values.lr * group.lr_multiplier
+            copies = [self._copies.get(name) for name in names]
             adamw_ema_step(
                 [self._parameters[name] for name in names],
                 [self._gradient(name) for name in names],
@@ -159,7 +163,11 @@ class PretrainingOptimizer:
                 momentum=values.momentum,
                 gradient_scale=scales.get(group.sub_network, 1.0),
                 skip=skipped,
+                copies=[None if pair is None else pair[0].tensor for pair in copies],
+                ema_copies=[None if pair is None else pair[1].tensor for pair in copies],
             )
+        if self._copies and not skipped:  # only on the CPU are there any: nothing to wait for
+            self._note_copies()
         named_norms = {f"gradient_norm_{name}": norm for name, norm in norms.items()}
         return {**named_norms, "skipped": skipped}
 
@@ -202,6 +210,14 @@ class PretrainingOptimizer:
                 networks.setdefault(name.split(".", 1)[0], []).append(parameter.grad)
         return list(networks.items())
 
+    def _note_copies(self) -> None:
+        """Say of the copies that the step has just written that they are current."""
+        for name, copies in self._copies.items():
+            weights = self._parameters[name], self._teacher[name]
+            if weights[0].grad is not None:
+                for copy, weight in zip(copies, weights, strict=True):
+                    copy.mark_written(weight)
+
     def _gradient(self, name: str) -> Tensor:
         gradient = self._parameters[name].grad
         assert gradient is not None
@@ -210,6 +226,24 @@ class PretrainingOptimizer:
     def _clip_scale(self, norm: Tensor) -> Tensor | float:
         """What gradients of this norm are multiplied by."""
         return clip_coefficient(norm, self.config.clip_norm) if self.config.clip_norm > 0 else 1.0
+
+
+def _low_precision_copies(
+    pair: StudentTeacher,
+) -> dict[str, tuple[LowPrecisionCopy, LowPrecisionCopy]]:
+    """Copies of student's and teacher's weights in bf16, where products take them; by name."""
+    device = next(pair.student.parameters()).device
+    if pair.student.precision != "bf16" or device.type != "cpu" or not has_fast_bfloat16():
+        return {}
+    teacher = dict(pair.teacher.named_modules())
+    return {
+        f"{name}.weight": (
+            LowPrecisionCopy(module.weight, torch.bfloat16),
+            LowPrecisionCopy(cast("nn.Linear", teacher[name]).weight, torch.bfloat16),
+        )
+        for name, module in pair.student.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def build_optimizer(

@@ -159,6 +159,38 @@ def test_without_a_teacher_the_student_moves_the_same(backend: str, device: str)
             assert torch.equal(tensor, expected)
 
 
+@pytest.mark.parametrize("with_teacher", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_hold_the_new_values_rounded_once(dtype, with_teacher, backend: str, device: str):
+    lists, plain = make_lists(device=device), make_lists(device=device)
+    teacher = {} if with_teacher else {"ema_parameters": None}
+    copies, ema_copies = (
+        [None, *(torch.full_like(x, math.nan, dtype=dtype) for x in lists["parameters"][1:])]
+        for _ in range(2)
+    )
+    both = {"copies": copies, "ema_copies": ema_copies if with_teacher else ()}
+
+    adamw_ema_step(**(lists | teacher), **both, **NUMBERS, backend=backend)
+    adamw_ema_step(**(plain | teacher), **NUMBERS, backend=backend)
+
+    assert_bit_equal(lists, plain)  # copies change nothing else
+    pairs = [(copies, "parameters"), (ema_copies, "ema_parameters")][: 1 + with_teacher]
+    for written, name in pairs:
+        for copy, source in zip(written[1:], lists[name][1:], strict=True):
+            assert torch.equal(copy, source.to(dtype))
+
+
+def test_a_skipped_step_writes_no_copy(backend: str, device: str):
+    lists = make_lists(device=device)
+    copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in lists["parameters"]]
+    if device != "cpu":
+        pytest.skip("there the copies are written again, with the same values")
+
+    adamw_ema_step(**lists, copies=copies, skip=torch.tensor(True), **NUMBERS, backend=backend)
+
+    assert all(not copy.any() for copy in copies)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_momentum_zero_copies_and_momentum_one_freezes(momentum: float, backend: str, device: str):
     lists = make_lists(device=device)
@@ -308,6 +340,10 @@ def test_no_parameters_are_a_step():
         ({"eps": 0.0}, ValueError, "eps must be finite and greater than 0"),
         ({"step": 0}, ValueError, "step must be at least 1"),
         ({"momentum": 1.1}, ValueError, r"momentum must be in \[0, 1\]"),
+        ({"copies": [None, None]}, ValueError, "copies must have one tensor or None for each"),
+        ({"copies": [randn(3).bfloat16()]}, ValueError, r"copies\[0\] must have shape and device"),
+        ({"copies": [randn(2, 3).int()]}, TypeError, r"copies\[0\] must be of a floating-point"),
+        ({"ema_copies": [randn(3)]}, ValueError, r"ema_copies\[0\] must have shape and device"),
         ({"gradient_scale": torch.ones(1)}, TypeError, "gradient_scale must be a number or"),
         ({"skip": torch.tensor(1.0)}, TypeError, "skip must be bool of shape"),
         ({"skip": torch.tensor([True])}, TypeError, "skip must be bool of shape"),
