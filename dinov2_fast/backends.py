@@ -21,8 +21,6 @@ from dinov2_fast.errors import BackendUnavailable
 
 BACKENDS = ("reference", "native", "triton")
 
-_REFERENCE_ONLY: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
-
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 # Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
 # on a GPU yet: DINOV2_FAST_PREFER=triton or an explicit backend takes them.
@@ -34,7 +32,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "gelu": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
-    "koleo": _REFERENCE_ONLY,
+    "koleo": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
 }
 
@@ -55,6 +53,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("sinkhorn", "native", "cpu"): (torch.float32, torch.bfloat16, torch.float16),
     ("cross_entropy", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("koleo", "native", "cpu"): (torch.float32,),
     ("optimizer", "native", "cpu"): (torch.float32,),
     ("optimizer", "triton", "cuda"): (torch.float32,),
 }

@@ -124,7 +124,7 @@ def test_a_preferred_backend_is_tried_first_where_an_op_has_it(
     assert choose_backend("swiglu", X, "native") == "native"
     monkeypatch.setenv("DINOV2_FAST_PREFER", "triton")  # which the CPU has for no op
     assert choose_backend("swiglu", X, None) == "native"
-    assert choose_backend("koleo", X, None) == "reference"
+    assert choose_backend("koleo", X, None) == "native"
 
 
 def test_misspelt_names_are_refused(monkeypatch: pytest.MonkeyPatch):

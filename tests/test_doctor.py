@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch):
         return [torch.ones(3, dtype=dtype) + wrong]
 
     monkeypatch.setattr(self_test, "_TRIALS", {"koleo": broken})
-    (outcome,) = self_test.run_self_test(("cpu",), time_limit_s=5.0)
+    outcome = self_test.run_self_test(("cpu",), time_limit_s=5.0)[0]
     assert outcome.passed is False
     assert "relative error 0.001 is over 1e-05" in outcome.message
     report = doctor.report()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
+from dinov2_fast.ops._declare import declare
+from dinov2_fast.ops._native_cpu import refusals, run_cpu
 
 
 def koleo_reference(x: Tensor, *, eps: float) -> Tensor:
@@ -52,9 +56,102 @@ def koleo(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> Tensor
     """
     check_tensor("koleo", "x", x, "B", "C")
     check_positive("koleo", eps=eps)
-    choose_backend("koleo", x, backend)  # raises for what has no kernel
     x = x.to(accumulation_dtype(x))
+    chosen = choose_backend("koleo", x, backend, refusals=refusals({"x": x}, {}))
     if x.shape[0] < 2:
         return x[:0].sum()  # keeps the graph, and ignores what the only row holds
     with torch.autocast(x.device.type, enabled=False):
-        return koleo_reference(x, eps=eps)
+        if chosen == "reference":
+            return koleo_reference(x, eps=eps)
+        return _forward(x, eps, chosen)[0].mean(dtype=torch.float64).to(x.dtype)
+
+
+def _forward_native_cpu(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Losses [B], and what the backward needs of the rows; native on the CPU."""
+    outputs = _forward_fake(x, eps)
+    losses, normalised, norms, nearest, pulls = outputs
+    run_cpu(
+        "koleo_forward_cpu",
+        x=x,
+        losses=losses,
+        normalised=normalised,
+        norms=norms,
+        nearest=nearest,
+        pulls=pulls,
+        rows=x.shape[0],
+        channels=x.shape[1],
+        x_row_stride=x.stride(0),
+        eps=eps,
+    )
+    return outputs
+
+
+def _backward_native_cpu(
+    gradients: Tensor,
+    normalised: Tensor,
+    norms: Tensor,
+    nearest: Tensor,
+    pulls: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of x; native on the CPU."""
+    dx = torch.empty_like(normalised)
+    run_cpu(
+        "koleo_backward_cpu",
+        gradients=gradients.contiguous(),  # autograd expands that of a mean
+        normalised=normalised,
+        norms=norms,
+        nearest=nearest,
+        pulls=pulls,
+        dx=dx,
+        rows=dx.shape[0],
+        channels=dx.shape[1],
+        eps=eps,
+    )
+    return dx
+
+
+def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Losses [B], unit rows [B, C], lengths [B], nearest rows [B], pulls [B]."""
+    rows, channels = x.shape
+    vectors = [x.new_empty(rows) for _ in range(3)]
+    nearest = x.new_empty(rows, dtype=torch.int64)
+    return vectors[0], x.new_empty(rows, channels), vectors[1], nearest, vectors[2]
+
+
+def _backward_fake(
+    gradients: Tensor,
+    normalised: Tensor,
+    norms: Tensor,
+    nearest: Tensor,
+    pulls: Tensor,
+    eps: float,
+) -> Tensor:
+    return torch.empty_like(normalised)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: tuple[Tensor, ...]) -> None:
+    """Keep all but the losses."""
+    _, ctx.eps, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradient(ctx: Any, gradients: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    """Gradients of (x, eps, backend)."""
+    return _backward(gradients, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None
+
+
+_KEPT = "Tensor normalised, Tensor norms, Tensor nearest, Tensor pulls"
+_backward = declare(
+    f"koleo_backward(Tensor gradients, {_KEPT}, float eps, str backend) -> Tensor",
+    kernels={("native", "cpu"): _backward_native_cpu},
+    fake=_backward_fake,
+)
+_forward = declare(
+    "koleo(Tensor x, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels={("native", "cpu"): _forward_native_cpu},
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_gradient,
+)

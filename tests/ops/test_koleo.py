@@ -1,4 +1,4 @@
-"""No test_opcheck: the reference is all there is, and it registers nothing with torch.library."""
+"""KoLeo: nearest neighbours, ties, duplicates, gradients through both rows of a pair."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.koleo import koleo, koleo_reference
 from tests.inputs import COMPILERS, DTYPES, leaves, randn
 from tests.tolerance import assert_within_error_budget
+
+OPCHECK_WARNING = "ignore:The .grad attribute of a Tensor that is not a leaf"
 
 # (images, channels)
 SHAPES = [
@@ -164,6 +166,58 @@ def test_spreading_the_images_lowers_the_loss(backend: str, device: str):
     loss = koleo(x, backend=backend)
     (gradient,) = torch.autograd.grad(loss, x)
     assert koleo((x - 0.1 * gradient).detach(), backend=backend) < loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_row_shows_in_the_loss(value: float, backend: str, device: str):
+    x = randn(5, 8, device=device)
+    x[3, 2] = value
+    assert not koleo(x, backend=backend).isfinite()
+
+
+def test_rows_may_be_strided(backend: str, device: str):
+    wide = randn(13, 61, device=device)
+    expected = koleo(wide[:, 5:40].contiguous(), backend=backend)
+    assert torch.equal(koleo(wide[:, 5:40], backend=backend), expected)
+
+
+def loss_and_gradient(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    loss = koleo(leaf, backend=backend)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("shape", [(64, 384), (13, 61)])
+def test_every_instruction_set_is_as_good(shape: tuple[int, int], level: str):
+    x = randn(*shape)
+    found = loss_and_gradient(x, "native")
+    low = loss_and_gradient(x, "reference")
+    truth = loss_and_gradient(x.double(), "reference")
+    for name, out, low_precision, exact in zip("lg", found, low, truth, strict=True):
+        assert_within_error_budget(
+            out, low_precision=low_precision, truth=exact, name=f"{level} {name}"
+        )
+
+
+def test_threads_change_no_bit(on_native: None):
+    x = randn(259, 384)  # several threads' worth, a prime of rows
+    torch.set_num_threads(1)
+    expected = loss_and_gradient(x, "native")
+    torch.set_num_threads(3)
+    try:
+        assert all(map(torch.equal, loss_and_gradient(x, "native"), expected))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings(OPCHECK_WARNING)
+def test_opcheck(on_native: None):
+    x = randn(5, 8)
+    for leaf in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(torch.ops.dinov2_fast.koleo.default, (leaf, 1e-8, "native"))
+    kept = torch.ops.dinov2_fast.koleo.default(x, 1e-8, "native")[1:]
+    arguments = (randn(5), *kept, 1e-8, "native")
+    torch.library.opcheck(torch.ops.dinov2_fast.koleo_backward.default, arguments)
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

@@ -33,8 +33,9 @@ def test_the_stored_trajectory_learns():
     assert sum(last[:2]) < sum(first[:2])
 
 
-# Twenty steps let roundings of 1e-7 grow: relative distance allowed between the losses.
-FAST_DISTANCE = 1e-3
+# Twenty steps let roundings of 1e-7 grow, KoLeo's gradient between almost equal images most of all:
+# relative distance allowed between the losses.
+FAST_DISTANCE = 2e-3
 CROSS_ENTROPIES = slice(0, 3)  # KoLeo's logarithm of almost equal features magnifies any rounding
 
 
