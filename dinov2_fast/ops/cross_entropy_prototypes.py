@@ -32,7 +32,7 @@ from dinov2_fast.ops.cross_entropy import (
     why_no_kernel,
 )
 
-_CHUNK_ELEMENTS = 2**23  # 32 MiB of float32: a chunk's scores come back from the cache, or nearly
+_CHUNK_ELEMENTS = 2**24  # 64 MiB of float32: every chunk passes over the prototypes' gradient once
 _MOST_TEACHERS = 2
 
 
@@ -97,7 +97,7 @@ def prototype_cross_entropy(
         row_weights: [S] weight of each row in the sum.
         student_temperature: divides the student's scores.
         teacher_temperature: divides the teacher's scores.
-        chunk_rows: student rows whose scores exist at a time; None is 32 MiB of float32.
+        chunk_rows: student rows whose scores exist at a time; None is at most 64 MiB of float32.
         backend: see `backends.choose_backend`; the op is `cross_entropy`.
     Returns:
         The weighted sum, a scalar with a graph, and the losses [S] of each row, unweighted and
@@ -114,7 +114,9 @@ def prototype_cross_entropy(
         op, student_temperature=student_temperature, teacher_temperature=teacher_temperature
     )
     if chunk_rows is None:
-        chunk_rows = max(_CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
+        rows = features.shape[0]
+        num_chunks = max(-(-rows * weight.shape[0] // _CHUNK_ELEMENTS), 1)
+        chunk_rows = max(-(-rows // num_chunks), 1)  # chunks of one size
     if chunk_rows < 1:
         raise ValueError(f"{op}: chunk_rows must be at least 1, got {chunk_rows}")
     refused = why_no_kernel(teacher_logits, log_u, log_v)
