@@ -55,9 +55,11 @@ def inputs(count: int) -> np.ndarray:
         values[0, near] ^ np.uint64(0x80000000) ^ rng.integers(0, 4, near.sum(), np.uint64)
     )
     # Products in the middle between two floats, and a third operand that decides.
-    ties = [(0x45800800, 0x45800800, tiny) for tiny in (0, 1, 0x80000001, 0x33800000)]
-    ties += [(0x3F800001, 0x3FC00000, tiny) for tiny in (0, 1, 0x80000001, 0xB3000000)]
-    values[:, : len(ties)] = np.array(ties, np.uint64).T
+    chosen = [(0x45800800, 0x45800800, tiny) for tiny in (0, 1, 0x80000001, 0x33800000)]
+    chosen += [(0x3F800001, 0x3FC00000, tiny) for tiny in (0, 1, 0x80000001, 0xB3000000)]
+    # The smallest number by -1: the quotient that does not fit.
+    chosen += [(1 << bits - 1, (1 << bits) - 1, 0) for bits in (32, 64)]
+    values[:, : len(chosen)] = np.array(chosen, np.uint64).T
     return values
 
 

@@ -171,6 +171,9 @@ FN u32 either(float a, float b, u32 c) {
                : "f"(a), "f"(b), "r"(c));
   return d;
 }
+// x86 traps on the smallest number by -1.
+template <typename T> FN T quotient(T a, T b) { return a / b; }
+template <typename T> FN T remainder(T a, T b) { return a % b; }
 FN u32 half_of(float a) { return __half_as_ushort(__float2half_rn(a)); }
 FN float of_half(u32 a) { return __half2float(__ushort_as_half(u16(a))); }
 FN u32 half_rounded(double a) { return __half_as_ushort(__double2half(a)); }
@@ -182,9 +185,11 @@ FN u32 half_rounded(double a) { return __half_as_ushort(__double2half(a)); }
 // x y z: u32; i j k: i32; l m: u64; s t: i64; f g h: float; p q r: double.
 // clang-format off
 #define EXPRESSIONS(E)                                                                             \
-  E(x + y) E(x - y) E(x * y) E(x / (y | 1)) E(x % (y | 1)) E(i / (j | 1)) E(i % (j | 1))           \
+  E(x + y) E(x - y) E(x * y) E(x / (y | 1)) E(x % (y | 1)) E(quotient(i, j | 1))                   \
+  E(remainder(i, j | 1))                                                                           \
   E(x & y) E(x | ~y) E(x ^ y) E(x << (y & 31)) E(x >> (y & 31)) E(i >> (j & 31)) E(-i)             \
-  E(l + m) E(l - m) E(l * m) E(l / (m | 1)) E(l % (m | 1)) E(s / (t | 1)) E(s % (t | 1))           \
+  E(l + m) E(l - m) E(l * m) E(l / (m | 1)) E(l % (m | 1)) E(quotient(s, t | 1))                   \
+  E(remainder(s, t | 1))                                                                           \
   E(l << (y & 63)) E(l >> (y & 63)) E(s >> (y & 63)) E(l ^ ~m) E(-s) E(s < t ? s : t)              \
   E(i < j ? i : j) E(x > y ? x : y) E(l > m ? l : m) E(i < 0 ? -i : i) E(u64(x) * y)               \
   E(i64(i) * j) E(i64(i) * j + s) E(__mulhi(i, j)) E(__umulhi(x, y)) E(__umul64hi(l, m))           \

@@ -57,6 +57,8 @@ TO_INTEGER(__float2uint, u32, float, 0.0, 0x1p32)
 TO_INTEGER(__float2ll, i64, float, -0x1p63, 0x1p63)
 TO_INTEGER(__float2ull, u64, float, 0.0, 0x1p64)
 TO_INTEGER(__double2int, i32, double, -0x1p31, 0x1p31)
+template <typename T> FN T quotient(T a, T b) { return T(static_cast<__int128>(a) / b); }
+template <typename T> FN T remainder(T a, T b) { return T(static_cast<__int128>(a) % b); }
 FN u32 __popc(u32 a) { return __builtin_popcount(a); }
 FN u32 __popcll(u64 a) { return __builtin_popcountll(a); }
 FN u32 __clz(u32 a) { return a ? __builtin_clz(a) : 32; }
