@@ -11,41 +11,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# What compiles or checks schemas launches nothing new. On the CPU attention asks for tf32 products
-# of float32, which are no match for its float32 budget.
-LEFT_OUT = "not compil and not opcheck and not gradcheck"
-ATTENTION = f"{LEFT_OUT} and matches_reference and not dtype0"
-FILES = {
-    "swiglu": LEFT_OUT,
-    "gelu": LEFT_OUT,
-    "layer_norm": LEFT_OUT,
-    "stochastic_depth": LEFT_OUT,
-    "cross_entropy": LEFT_OUT,
-    "sinkhorn": LEFT_OUT,
-    "attention": ATTENTION,
-}  # not the optimizer: it finds its tensors through a table of addresses
-QUICK = {("swiglu", 80), ("attention", 90)}
+# What compiles or checks schemas launches nothing new.
+CHOSEN = "triton and not compil and not opcheck and not gradcheck"
+STEMS = (
+    *("attention", "cross_entropy", "gelu", "layer_norm", "optimizer", "sinkhorn"),
+    *("stochastic_depth", "swiglu"),
+)
+# Part of two of them in every run: plain kernels, and products of bfloat16 by wgmma.
+QUICK = {
+    "swiglu-80": CHOSEN,
+    "attention-90-forward": "triton and test_matches_reference and dtype1",
+}
+ALL = {f"{stem}-{arch}": CHOSEN for stem in STEMS for arch in (80, 90)}
+CASES = [
+    *(pytest.param(*key.split("-")[:2], chosen, id=key) for key, chosen in QUICK.items()),
+    *(
+        pytest.param(*key.split("-"), chosen, id=key, marks=pytest.mark.slow)
+        for key, chosen in ALL.items()
+        if key not in QUICK
+    ),
+]
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("stem", "arch"),
-    [
-        pytest.param(stem, arch, marks=[] if (stem, arch) in QUICK else [pytest.mark.slow])
-        for stem in FILES
-        for arch in (80, 90)
-    ],
-)
-def test_kernels_pass_their_tests_as_ptx(stem: str, arch: int):
+@pytest.mark.parametrize(("stem", "arch", "chosen"), CASES)
+def test_kernels_pass_their_tests_as_ptx(stem: str, arch: str, chosen: str):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "tests.cuda.triton_on_ptx"),
-            *(f"tests/ops/test_{stem}.py", "-k", f"triton and {FILES[stem]}"),
+            *(f"tests/ops/test_{stem}.py", "-k", chosen),
         ],
         cwd=ROOT,
-        env={**os.environ, "SIMT_ARCH": str(arch), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "SIMT_ARCH": arch, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

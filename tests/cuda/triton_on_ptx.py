@@ -8,16 +8,37 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from typing import Any
 
 import dinov2_fast.kernels
+from dinov2_fast.ops import _attention_triton, _optimizer_triton
 from tools.simt.triton_launch import triton_on_cpu
 
 for module in pkgutil.iter_modules(dinov2_fast.kernels.__path__):
     importlib.import_module(f"dinov2_fast.kernels.{module.name}")
 # After the kernels were made for a GPU: now the ops believe that the CPU interprets them.
 os.environ["TRITON_INTERPRET"] = "1"
-_running = triton_on_cpu(int(os.environ.get("SIMT_ARCH", "80")))
+TABLES: dict[int, list[Any]] = {}
+_running = triton_on_cpu(int(os.environ.get("SIMT_ARCH", "80")), tables=TABLES)
 RESULTS = _running.__enter__()
+
+_tile, _table = _attention_triton._tile, _optimizer_triton._table
+
+
+def _tile_of_a_gpu(q: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    """Attention's tiles and precision as on a GPU; Triton's interpreter gets others."""
+    return _tile(q.to("meta"), *args, **options)
+
+
+def _known_table(lists: Any, **options: Any) -> Any:
+    """The optimizer's table, with a note of the tensors whose addresses it holds."""
+    table = _table(lists, **options)
+    TABLES.clear()
+    TABLES[table.addresses.data_ptr()] = [tensor for tensors in lists for tensor in tensors]
+    return table
+
+
+_attention_triton._tile, _optimizer_triton._table = _tile_of_a_gpu, _known_table
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -8,7 +8,7 @@ same numbers in another order all store their sum, and which of them wins is lef
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,15 @@ from tools.simt.memory import Device
 
 
 @contextlib.contextmanager
-def triton_on_cpu(arch: int = 80, **launch_options: Any) -> Iterator[list[Result]]:
+def triton_on_cpu(
+    arch: int = 80, *, tables: Mapping[int, Sequence[Any]] | None = None, **launch_options: Any
+) -> Iterator[list[Result]]:
     """Execute Triton's launches here.
 
     Args:
         arch: 80 or 90.
+        tables: tensors that kernels find by their addresses in a table: the table's `data_ptr()`
+            -> one tensor for each of its elements.
         launch_options: of simt.launch: checks, schedule, profile.
     Yields:
         The results of all launches so far.
@@ -43,7 +47,7 @@ def triton_on_cpu(arch: int = 80, **launch_options: Any) -> Iterator[list[Result
         sizes = grid(bound) if callable(grid) else grid
         device = Device()
         values = [
-            _argument(bound[name], device, name)
+            _argument(bound[name], device, name, tables or {})
             for name, kind in signature.items()
             if kind != "constexpr"
         ]
@@ -90,13 +94,20 @@ def _compile(
     return bound, signature, made[key]
 
 
-def _argument(value: Any, device: Device, name: str) -> Any:
-    """A tensor as the address of its first element in a copy of its storage."""
+def _argument(value: Any, device: Device, name: str, tables: Mapping[int, Sequence[Any]]) -> Any:
+    """What a kernel is given for an argument; of a table, one with the device's addresses."""
     if not hasattr(value, "untyped_storage"):
         return value
+    tensors = tables.get(value.data_ptr())
+    if tensors is None:
+        return np.uint64(_address(value, device, name))
+    there = [_address(tensor, device, f"{name}[{i}]") for i, tensor in enumerate(tensors)]
+    return np.array(there, np.uint64)
+
+
+def _address(tensor: Any, device: Device, name: str) -> int:
+    """Where a tensor's first element is in a copy of its storage."""
     import torch
 
-    storage = value.untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-    base = device.pointer(whole, name)
-    return np.uint64(base + value.storage_offset() * value.element_size())
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return device.pointer(whole, name) + tensor.storage_offset() * tensor.element_size()
