@@ -13,7 +13,7 @@ import numpy as np
 
 from tools.simt.control import whole_warps
 from tools.simt.core import Batch, Mask, Run, binds
-from tools.simt.numbers import unpack
+from tools.simt.numbers import from_bf16, unpack
 from tools.simt.program import Inst, Operand, Vec
 
 
@@ -39,36 +39,31 @@ class Warps:
         array.reshape(-1, 32)[slice(None) if self.rows is None else self.rows] = values
 
 
+def spread(words: np.ndarray, kind: str) -> np.ndarray:
+    """Registers [..., n] -> the float32 elements that they hold along the last axis."""
+    if kind == "tf32":
+        return (words & np.uint32(0xFFFFE000)).view(np.float32)
+    if kind == "bf16":
+        return from_bf16(words.view(np.uint16))
+    return words.view(np.float16).astype(np.float32)
+
+
 def rows_of_a(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
     """A fragments [warps, 32] each -> float32 [warps, 16, K]; register 2 kb + rb, rows g + 8 rb."""
     warps, blocks = len(registers[0]), len(registers) // 2
-    if kind == "tf32":
-        a = np.empty((warps, 2, 8, blocks, 4), np.float32)
-        for number, register in enumerate(registers):
-            values = (register & np.uint32(0xFFFFE000)).view(np.float32)
-            a[:, number % 2, :, number // 2, :] = values.reshape(warps, 8, 4)
-        return a.reshape(warps, 16, 4 * blocks)
-    a = np.empty((warps, 2, 8, blocks, 4, 2), np.float32)
+    a = np.empty((warps, 2, 8, blocks, 4), np.uint32)
     for number, register in enumerate(registers):
-        for half, values in enumerate(unpack(register, kind)):
-            a[:, number % 2, :, number // 2, :, half] = values.reshape(warps, 8, 4)
-    return a.reshape(warps, 16, 8 * blocks)
+        a[:, number % 2, :, number // 2] = register.reshape(warps, 8, 4)
+    return spread(a.reshape(warps, 16, 4 * blocks), kind)
 
 
 def columns_of_b(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
     """B fragments [warps, 32] each -> float32 [warps, K, 8]; register kb, rows 2 t + h + 8 kb."""
     warps, blocks = len(registers[0]), len(registers)
-    if kind == "tf32":
-        b = np.empty((warps, blocks, 4, 8), np.float32)
-        for number, register in enumerate(registers):
-            values = (register & np.uint32(0xFFFFE000)).view(np.float32)
-            b[:, number] = values.reshape(warps, 8, 4).transpose(0, 2, 1)
-        return b.reshape(warps, 4 * blocks, 8)
-    b = np.empty((warps, blocks, 4, 2, 8), np.float32)
+    b = np.empty((warps, 8, blocks, 4), np.uint32)
     for number, register in enumerate(registers):
-        for half, values in enumerate(unpack(register, kind)):
-            b[:, number, :, half] = values.reshape(warps, 8, 4).transpose(0, 2, 1)
-    return b.reshape(warps, 8 * blocks, 8)
+        b[:, :, number] = register.reshape(warps, 8, 4)
+    return spread(b.reshape(warps, 8, 4 * blocks), kind).transpose(0, 2, 1)
 
 
 def tile_of_c(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:

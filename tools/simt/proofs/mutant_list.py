@@ -9,10 +9,12 @@ MUTANTS = [
     M(
         "mma",
         "matrix.py",
-        "a[:, number % 2, :, number // 2, :, half]",
-        "a[:, number // 2, :, number % 2, :, half]",
+        "a[:, number % 2, :, number // 2] =",
+        "a[:, number // 2, :, number % 2] =",
     ),
-    M("mma", "matrix.py", "b[:, number, :, half]", "b[:, number, :, 1 - half]"),
+    M("mma", "matrix.py", "b[:, :, number] =", "b[:, :, -1 - number] ="),
+    M("mma", "matrix.py", "b[:, :, number] = register", "b[:, :, number] = register[:, ::-1]"),
+    M("mma", "matrix.py", "return words.view(np.float16)", "return words.view(np.int16)"),
     M(
         "mma",
         "matrix.py",
@@ -20,12 +22,6 @@ MUTANTS = [
         "for half in range(2) for rb in range(2)",
     ),
     M("mma", "matrix.py", "        result += added\n", ""),
-    M(
-        "mma",
-        "matrix.py",
-        "a[:, number % 2, :, number // 2, :] =",
-        "a[:, number // 2, :, number % 2, :] =",
-    ),
     M("mma", "matrix.py", "np.uint32(0xFFFFE000)", "np.uint32(0xFF800000)"),
     M("ldmatrix", "matrix.py", "if transposed:", "if not transposed:"),
     M("ldmatrix", "matrix.py", "rows[:, number].reshape", "rows[:, -1 - number].reshape"),
