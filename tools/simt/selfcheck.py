@@ -85,7 +85,13 @@ def check_mutants(full: bool) -> dict[str, Any]:
     survivors = [row for row in rows if not row["killed_by"]]
     killed = len(rows) - len(survivors)
     wrong = [] if killed >= KILLED_SHARE * len(rows) else [f"only {killed} of {len(rows)} found"]
-    return {"mutants": len(rows), "killed": killed, "survivors": survivors, "wrong": wrong}
+    return {
+        "mutants": len(rows),
+        "killed": killed,
+        "stopped": [row["number"] for row in rows if row["killed_by"].startswith("stopped")],
+        "survivors": survivors,
+        "wrong": wrong,
+    }
 
 
 def measure_speed(full: bool) -> dict[str, Any]:
