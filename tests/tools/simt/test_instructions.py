@@ -48,7 +48,7 @@ def test_bulk_copies_without_a_tensor_map(ptx: str):
 def test_atomics_of_every_width(ptx: str):
     sums, words, found = np.zeros(8, np.float32), np.zeros(8, np.uint32), np.zeros(64, np.uint32)
     halves, brains = np.zeros(4, np.uint32), np.zeros(4, np.uint32)
-    simt.launch(ptx, "atomics", 1, 64, [sums, halves, brains, words, found])
+    simt.launch(ptx, "atomics_kernel", 1, 64, [sums, halves, brains, words, found])
     threads = np.arange(64)
     for parity in (0, 1):
         expected = [32, 64, threads[parity::2].sum(), 16]
@@ -60,6 +60,43 @@ def test_atomics_of_every_width(ptx: str):
     assert words[4:6].view(np.uint64)[0] == 64 << 31
     assert words[6:].view(np.float16)[0] == 64
     assert found.tolist() == threads.tolist()  # each finds what the thread before it left
+
+
+def test_half_word_atomics(ptx: str):
+    sums, ticket, found = np.zeros(2, np.uint16), np.zeros(1, np.uint16), np.zeros(32, np.int32)
+    simt.launch(ptx, "half_word_atomics", 1, 32, [sums, ticket, simt.Output(found)])
+    assert from_bf16(sums).tolist() == [24, 24]
+    assert found.tolist() == list(range(32))
+    assert ticket[0] == 32
+
+
+def test_vector_atomics(ptx: str):
+    sums, found = np.zeros(2, np.float32), np.zeros((32, 2), np.float32)
+    halves, brains = np.zeros(8, np.float16), np.zeros(8, np.uint16)
+    simt.launch(ptx, "vector_atomics", 1, 32, [sums, halves, brains, simt.Output(found)])
+    assert sums.tolist() == [32, 496]
+    assert np.array_equal(found[:, 0], np.arange(32))
+    assert np.array_equal(found[:, 1], np.cumsum(np.arange(32)) - np.arange(32))
+    assert halves.tolist() == [32, 64] * 4
+    assert from_bf16(brains).tolist() == [32, 64] * 4
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", 1, 2])
+def test_barriers_of_their_own(ptx: str, schedule: str | int):
+    x = np.arange(128, dtype=np.int32)
+    out = np.zeros(128, np.int32)
+    simt.launch(ptx, "relay", 1, 128, [x, simt.Output(out)], schedule=schedule)
+    assert np.array_equal(out, np.concatenate([x[64:], x[:64].reshape(2, 32)[:, ::-1].ravel()]))
+
+
+def test_products_summed_in_half_precision(ptx: str):
+    rng = np.random.default_rng(0)
+    # Small integers: every product and sum is exact in float16, in whatever order.
+    a, b = (rng.integers(-8, 9, (rows, 16)).astype(np.float16) for rows in (16, 8))
+    out = np.zeros((2, 16, 8), np.float16)
+    simt.launch(ptx, "half_products", 1, 32, [a, b, simt.Output(out)])
+    assert np.array_equal(out[0], 1 + a @ b.T)
+    assert np.array_equal(out[1], 1 + a[:, :8] @ b[:, :8].T)
 
 
 def test_warp_collectives(ptx: str):

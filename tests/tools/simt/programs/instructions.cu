@@ -159,3 +159,61 @@ extern "C" __global__ void staggered_kernel(const int* x, int* out) {
   __syncthreads();
   out[threadIdx.x] = slot[threadIdx.x % 32];
 }
+
+// Half words: floats [2] bfloat16 sums, tickets [1] 16 bits taken one by one; found [32].
+extern "C" __global__ void half_word_atomics_kernel(uint16_t* sums, uint16_t* ticket, int* found) {
+  const uint32_t t = threadIdx.x;
+  uint16_t taken;
+  asm volatile("{ .reg .b16 d; atom.global.add.noftz.bf16 d, [%0], %1; }" ::"l"(sums + t % 2),
+               "h"(uint16_t(0x3fc0))); // 1.5
+  asm volatile("atom.global.cas.b16 %0, [%1], %2, %3;"
+               : "=h"(taken)
+               : "l"(ticket), "h"(uint16_t(t)), "h"(uint16_t(t + 1)));
+  found[t] = taken;
+}
+
+// Vectors: sums [2] float, halves [8] half, brains [4] pairs of bfloat16; found [32, 2].
+extern "C" __global__ void vector_atomics_kernel(float* sums, uint16_t* halves, uint32_t* brains,
+                                                 float* found) {
+  const uint32_t t = threadIdx.x, pair = 0x40003f80; // 1 and 2
+  const uint16_t one = 0x3c00, two = 0x4000;
+  asm volatile("atom.global.add.v2.f32 {%0, %1}, [%2], {%3, %4};"
+               : "=f"(found[2 * t]), "=f"(found[2 * t + 1])
+               : "l"(sums), "f"(1.f), "f"(float(t)));
+  asm volatile("red.global.add.noftz.v8.f16 [%0], {%1, %2, %1, %2, %1, %2, %1, %2};" ::"l"(halves),
+               "h"(one), "h"(two));
+  asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1, %1, %1, %1};" ::"l"(brains), "r"(pair));
+}
+
+// x [4, 32] -> out [4, 32]: two consumers each wait for one producer, at barriers of their own.
+extern "C" __global__ void relay_kernel(const int* x, int* out) {
+  __shared__ int slot[64];
+  const int t = threadIdx.x, number = 1 + t / 32 % 2;
+  if (t < 64) {
+    slot[t] = x[t];
+    asm volatile("bar.arrive %0, 64;" ::"r"(number) : "memory");
+    out[t] = x[64 + t];
+  } else {
+    asm volatile("bar.sync %0, 64;" ::"r"(number) : "memory");
+    out[t] = slot[t - 64 ^ 31];
+  }
+}
+
+// a [16, 16] half, b [8, 16] half -> c [16, 8] half and once more with a half of K.
+extern "C" __global__ void half_products_kernel(const uint32_t* a, const uint32_t* b, uint32_t* c) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4; // pairs of elements: 8 in a row of a and b
+  const uint32_t a0 = a[g * 8 + t], a1 = a[(g + 8) * 8 + t], a2 = a[g * 8 + t + 4];
+  const uint32_t a3 = a[(g + 8) * 8 + t + 4], b0 = b[g * 8 + t], b1 = b[g * 8 + t + 4];
+  const uint32_t one = 0x3c003c00;
+  uint32_t d0, d1, e0, e1;
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, "
+               "{%6, %7}, {%8, %8};"
+               : "=r"(d0), "=r"(d1)
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(one));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3}, {%4}, "
+               "{%5, %5};"
+               : "=r"(e0), "=r"(e1)
+               : "r"(a0), "r"(a1), "r"(b0), "r"(one));
+  c[g * 4 + t] = d0, c[(g + 8) * 4 + t] = d1;
+  c[64 + g * 4 + t] = e0, c[64 + (g + 8) * 4 + t] = e1;
+}
