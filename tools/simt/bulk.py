@@ -8,6 +8,7 @@ Source: PTX ISA manual, sections 5.5 (tensors) and 9.7.9.27.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 
 from tools.simt.access import address_of
 from tools.simt.core import Batch, Mask, Run
-from tools.simt.mbarrier import Mbarriers
+from tools.simt.mbarrier import Event, Mbarriers
 from tools.simt.memory import GLOBAL_BASE, SHARED_WINDOW, Device, Output
 from tools.simt.program import Imm, Inst
 from tools.simt.shadow import DIRTY
@@ -82,6 +83,7 @@ def swizzled(addresses: np.ndarray, swizzle: int) -> np.ndarray:
 class Store:
     """A copy out of shared memory that has been issued."""
 
+    inst: Inst | None
     lane: int
     flat: np.ndarray  # of every element
     offsets: np.ndarray  # into the arena
@@ -155,7 +157,7 @@ class BulkCopies:
             clock[clocks.load] = epoch
             self.mbarriers.complete_tx(barrier, num_bytes, clock)
 
-        barrier.events.append(deliver)
+        barrier.events.append(Event(deliver, batch.inst, lane))
 
     def store(self, lane: int, flat: int, num_bytes: int, elements: Any) -> None:
         """Issue a copy out; elements: (flat offsets, arena offsets, size)."""
@@ -167,7 +169,7 @@ class BulkCopies:
             shared.shadow.async_read(np.array([lane]), at, clocks.store, epoch)
         batch.count("bulk bytes, store", num_bytes)
         group = self.groups.setdefault(lane, Group())
-        group.open.append(Store(lane, *elements, epoch))
+        group.open.append(Store(batch.inst, lane, *elements, epoch))
 
     def commit(self, m: Mask) -> None:
         """Close the open bulk group of every lane."""
@@ -196,9 +198,13 @@ class BulkCopies:
     def check_exit(self, m: np.ndarray) -> None:
         """Refuse to leave with copies that may still read shared memory."""
         for lane, group in self.groups.items():
-            if m[lane] and (group.open or any(group.closed)) and self.batch.checks.pending:
-                self.batch.inst = None
-                self.batch.fault("pending", "left with bulk copies out of shared memory", lane)
+            left = [*itertools.chain.from_iterable(group.closed), *group.open]
+            if m[lane] and left and self.batch.checks.pending:
+                self.batch.inst = left[0].inst
+                shared = self.batch.shared
+                offset = int(left[0].flat.min()) % shared.stride - shared.base
+                text = f"left the kernel with a bulk copy from offset {offset} on its way"
+                self.batch.fault("pending", text, lane)
 
 
 def bulk_binder(inst: Inst, batch: Batch) -> Run:

@@ -168,17 +168,17 @@ class Barriers:
             if votes is not None:
                 barrier.votes.extend(np.broadcast_to(votes, batch.num_lanes)[mine].tolist())
                 barrier.results.append((mine, result))
-            self.try_release((cta, number))
+            self.try_release((cta, number), int(mine[0]))
 
-    def try_release(self, key: tuple[int, int]) -> None:
-        """Let everyone go if all have arrived."""
+    def try_release(self, key: tuple[int, int], lane: int | None = None) -> None:
+        """Let everyone go if all have arrived, `lane` as one of the last."""
         barrier, batch = self.open[key], self.batch
         expected = self.live_threads(key[0]) if barrier.expected is None else barrier.expected
         if barrier.arrived < expected or not barrier.arrived:
             return
         if barrier.arrived > expected and barrier.expected is not None:
             text = f"barrier {key[1]}: {barrier.arrived} threads arrived, {expected} were named"
-            batch.fault("barrier", text)
+            batch.fault("barrier", text, lane)
         lanes = np.concatenate(barrier.waiting) if barrier.waiting else batch.all[:0]
         batch.parked[lanes] = False
         batch.events += 1

@@ -23,6 +23,7 @@ OPEN = 1 << 30  # the number of a group that is not committed yet
 class Copies:
     """Copies issued together: lanes, flat shared offsets, data rows, and each lane's group."""
 
+    inst: Inst | None
     lanes: np.ndarray
     flat: np.ndarray
     data: np.ndarray
@@ -53,7 +54,8 @@ class AsyncCopies:
             at = shadow.granules(flat, data.shape[1] * 4)
             shadow.begin_flight(lanes, at)
         self.serial += 1
-        self.flying.append(Copies(lanes, flat, data, np.full(len(lanes), OPEN), self.serial))
+        group = np.full(len(lanes), OPEN)
+        self.flying.append(Copies(self.batch.inst, lanes, flat, data, group, self.serial))
 
     def commit(self, m: Mask) -> None:
         """Close the open group of every lane."""
@@ -103,11 +105,12 @@ class AsyncCopies:
         if not self.batch.checks.pending:
             return
         for copies in self.flying:
-            leaving = m[copies.lanes]
-            if leaving.any():
-                self.batch.inst = None
-                text = "left the kernel with cp.async copies in flight"
-                self.batch.fault("pending", text, int(copies.lanes[leaving][0]))
+            leaving = np.flatnonzero(m[copies.lanes])
+            if len(leaving):
+                self.batch.inst, shared = copies.inst, self.batch.shared
+                offset = int(copies.flat[leaving[0]]) % shared.stride - shared.base
+                text = f"left the kernel with a cp.async copy to offset {offset} in flight"
+                self.batch.fault("pending", text, int(copies.lanes[leaving[0]]))
 
 
 @binds("cp")

@@ -23,6 +23,15 @@ MAX_COUNT = (1 << 20) - 1
 
 
 @dataclass
+class Event:
+    """A copy that will signal an mbarrier: what delivers it, and which lane issued it."""
+
+    deliver: Callable[[], None]
+    inst: Inst | None
+    lane: int
+
+
+@dataclass
 class Mbarrier:
     """One mbarrier object."""
 
@@ -35,7 +44,7 @@ class Mbarrier:
     done: np.ndarray  # what those of all earlier phases had
     tx: int = 0
     phase: int = 0
-    events: list[Callable[[], None]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 class Mbarriers:
@@ -103,9 +112,16 @@ class Mbarriers:
             shadow.flags[shadow.granules(np.array([flat]), 8)] = 0
 
     def arrive(
-        self, barrier: Mbarrier, count: int, tx: int, clock: np.ndarray | None, drop: bool = False
+        self,
+        barrier: Mbarrier,
+        count: int,
+        tx: int,
+        clock: np.ndarray | None,
+        *,
+        drop: bool = False,
+        lane: int | None = None,
     ) -> None:
-        """Count arrivals, add to the expected bytes, and release a clock."""
+        """Count arrivals, of `lane` and others, add to the expected bytes, and release a clock."""
         batch = self.batch
         if clock is not None:
             np.maximum(barrier.clock, clock, out=barrier.clock)
@@ -114,7 +130,7 @@ class Mbarriers:
         barrier.expected -= count if drop else 0
         if barrier.pending < 0 and batch.checks.mbarrier:
             text = f"more arrivals than the mbarrier at offset {barrier.offset} expects "
-            batch.fault("mbarrier", text + f"({barrier.expected})")
+            batch.fault("mbarrier", text + f"({barrier.expected})", lane)
         if barrier.pending <= 0 and barrier.tx == 0:
             barrier.phase += 1
             barrier.pending = barrier.expected
@@ -147,7 +163,7 @@ class Mbarriers:
             ]
             self.arrive(barrier, len(lanes), 0, np.max(clocks, axis=0))
 
-        barrier.events.append(event)
+        barrier.events.append(Event(event, self.batch.inst, int(lanes[0])))
 
     def complete(self, barrier: Mbarrier, value: int, parity: bool) -> bool:
         """Whether a wait may go on; delivers what is late if that helps."""
@@ -156,7 +172,7 @@ class Mbarriers:
             return (barrier.phase & 1) != value if parity else barrier.phase > value
 
         while not done() and barrier.events:
-            barrier.events.pop(0)()
+            barrier.events.pop(0).deliver()
         return done()
 
     def waiting(self) -> np.ndarray:
@@ -170,9 +186,11 @@ class Mbarriers:
 
     def check_done(self) -> None:
         """Refuse to end with copies that nobody waited for."""
-        if self.batch.checks.pending and any(b.events for b in self.objects.values()):
-            self.batch.inst = None
-            self.batch.fault("pending", "left the kernel with copies in flight to an mbarrier")
+        left = [event for barrier in self.objects.values() for event in barrier.events]
+        if self.batch.checks.pending and left:
+            self.batch.inst = left[0].inst
+            text = "left the kernel with copies in flight to an mbarrier"
+            self.batch.fault("pending", text, left[0].lane)
 
     def describe(self) -> list[str]:
         """The state of every mbarrier, for a deadlock's report."""
@@ -229,7 +247,8 @@ def _mbarrier(inst: Inst, batch: Batch) -> Run:
                 tx = total if bytes_expected else 0
                 arrivals = int(mine.sum()) if bytes_expected else total
                 drop = kind == "arrive_drop"
-                barriers.arrive(barrier, arrivals, tx, np.max(clocks, axis=0), drop)
+                clock = np.max(clocks, axis=0)
+                barriers.arrive(barrier, arrivals, tx, clock, drop=drop, lane=first)
 
     return run
 

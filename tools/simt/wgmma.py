@@ -59,6 +59,7 @@ class Accumulator:
     registers: list[np.ndarray]
     values: np.ndarray  # [groups, 64, N]
     group: np.ndarray  # which commit they belong to; -1: nothing is on its way
+    inst: Inst  # the last that adds to them
 
 
 class Wgmma:
@@ -118,7 +119,8 @@ class Wgmma:
         if not self.batch.checks.wgmma:
             return
         if not self.fenced[groups].all():
-            self.batch.fault("wgmma", "the first wgmma without a wgmma.fence before it")
+            text = "the first wgmma without a wgmma.fence before it"
+            self.batch.fault("wgmma", text, int(groups[0]) * 128)
         for register in registers:
             kept = self.watched[id(register)][1]
             if (kept.reshape(-1, 128)[lanes] != register.reshape(-1, 128)[lanes]).any():
@@ -185,7 +187,7 @@ class Wgmma:
         for accumulator in self.accumulators.values():
             going = (accumulator.group >= 0) & m.reshape(-1, 128).any(axis=1)
             if going.any():
-                self.batch.inst = None
+                self.batch.inst = accumulator.inst
                 lane = int(np.flatnonzero(going)[0]) * 128
                 self.batch.fault("pending", "left the kernel with a wgmma in flight", lane)
 
@@ -289,6 +291,7 @@ def _mma_async(inst: Inst, batch: Batch, state: Wgmma) -> Run:
             registers,
             np.zeros((state.num, 64, columns), np.float32),
             np.full(state.num, -1, np.int64),
+            inst,
         ),
     )
     state.watch([*registers, *a_registers])
@@ -315,7 +318,7 @@ def _mma_async(inst: Inst, batch: Batch, state: Wgmma) -> Run:
         product = np.matmul(left, right.transpose(0, 2, 1)) * np.float32(signs[0] * signs[1])
         before = np.where(keep[:, None, None], accumulator.values[groups], np.float32(0))
         accumulator.values[groups] = product + before
-        accumulator.group[groups] = OPEN
+        accumulator.group[groups], accumulator.inst = OPEN, inst
         for register in registers:
             register.reshape(-1, 128)[groups] = IN_FLIGHT
 

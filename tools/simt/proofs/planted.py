@@ -73,8 +73,28 @@ def reading_output(ptx: str, **options: Any) -> tuple[float, Result]:
     return 0.0, launch(ptx, "softmax_kernel", 1, 128, args, **options)
 
 
+def leaving_copy(ptx: str, **options: Any) -> tuple[float, Result]:
+    """cp.async without a wait."""
+    return 0.0, launch(ptx, "leaving_copy_kernel", 1, 32, [np.zeros(128, np.float32)], **options)
+
+
+def leaving_load(ptx: str, **options: Any) -> tuple[float, Result]:
+    """A bulk copy to an mbarrier without a wait."""
+    return 0.0, launch(ptx, "leaving_load_kernel", 1, 32, [np.zeros(512, np.uint8)], **options)
+
+
+def _on_32(name: str) -> Callable[..., tuple[float, Result]]:
+    def run(ptx: str, **options: Any) -> tuple[float, Result]:
+        out = Output(np.zeros(128, np.int32))
+        return 0.0, launch(ptx, f"{name}_kernel", 1, 32, [out], **options)
+
+    run.__name__ = name
+    return run
+
+
 def _of(file: str, run: Callable[..., tuple[float, Result]]) -> Program:
-    return Program(run.__name__, file, "compute_80", run, 0.0)
+    arch = "compute_90a" if file == "faults.cu" else "compute_80"
+    return Program(run.__name__, file, arch, run, 0.0)
 
 
 BARRIER = r"bar\.sync\s+0;"
@@ -155,4 +175,18 @@ PLANTED: Sequence[Planted] = (
     Planted(
         "source of a bulk store overwritten", NAMED["hopper gemm"], ["race"], ["OVERWRITE_EARLY"]
     ),
+    Planted(
+        "wgmma without wgmma.fence",
+        NAMED["hopper gemm"],
+        ["wgmma"],
+        edit=replace_nth(r"wgmma\.fence\.sync\.aligned;", 0, ""),
+    ),
+    Planted("left with cp.async on its way", _of("faults.cu", leaving_copy), ["pending"]),
+    Planted("left with a bulk load on its way", _of("faults.cu", leaving_load), ["pending"]),
+    Planted(
+        "left with a bulk store on its way", _of("faults.cu", _on_32("leaving_store")), ["pending"]
+    ),
+    Planted("two values stored at once", _of("faults.cu", _on_32("two_values")), ["race"]),
+    Planted("mbarrier initialised twice", _of("faults.cu", _on_32("twice")), ["mbarrier"]),
+    Planted("no mbarrier", _of("faults.cu", _on_32("never")), ["mbarrier"]),
 )
