@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -54,3 +55,26 @@ def test_a_report_counts_matrix_flops_and_says_that_it_is_modelled(name: str):
     assert str(report).count("modelled lower bound") == 2
     for bound in report.bounds:
         assert bound.cycles[bound.binding] == max(bound.cycles.values())
+
+
+def test_the_page_runs_as_written(monkeypatch: pytest.MonkeyPatch, capsys):
+    root = Path(__file__).parents[3]
+    monkeypatch.chdir(root)
+    page = (root / "docs" / "simt.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    launched, of_a_device, planted = [text for kind, text in blocks if kind == "python"]
+    fault, excerpt = [text for kind, text in blocks if not kind]
+
+    def without_numbers(text: str) -> str:  # another nvcc counts other lines and instructions
+        return re.sub(r"[\d.,]+", "#", text.strip())
+
+    names: dict = {}
+    exec(launched, names)
+    report = without_numbers(capsys.readouterr().out)
+    assert all(without_numbers(line) in report for line in excerpt.splitlines())
+    out = names["out"].copy()
+    exec(of_a_device, names)
+    assert np.array_equal(names["out"], out)
+    with pytest.raises(simt.Fault) as caught:
+        exec(planted, names)
+    assert without_numbers(str(caught.value)) == without_numbers(fault)
