@@ -66,3 +66,11 @@ extern "C" __global__ void never_kernel(int* out) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)));
   out[threadIdx.x] = 1;
 }
+
+// out [32]: a form of an instruction that the interpreter does not know, but only where x > 0.
+extern "C" __global__ void unknown_kernel(int* out, int x) {
+  uint32_t count = 0;
+  if (x > 0)
+    asm volatile("mbarrier.pending_count.b64 %0, %1;" : "=r"(count) : "l"(uint64_t(x)));
+  out[threadIdx.x] = count;
+}
