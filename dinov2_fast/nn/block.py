@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import environment
-from dinov2_fast.nn.attention import Attention, as_packed
+from dinov2_fast.nn.attention import Attention, MemEffAttention, as_packed
 from dinov2_fast.nn.branch_plan import (
     RECOMPUTE_LEVELS,
     BranchPlan,
@@ -31,7 +31,10 @@ FFN_LAYERS: dict[str, type[Mlp] | type[SwiGLUFFN]] = {"mlp": Mlp, "swiglu": SwiG
 
 # Modules whose arithmetic the memory-owning branches know. Another type in their place (an adapter,
 # a quantised layer), a hook or a parametrisation is called instead, on the plain path.
-_KNOWN = (Attention, LayerNorm, LayerScale, Mlp, SwiGLUFFN, Linear, nn.Linear, nn.Identity)
+_KNOWN = (
+    *(Attention, MemEffAttention, LayerNorm, LayerScale, Mlp, SwiGLUFFN),
+    *(Linear, nn.Linear, nn.Identity),
+)
 
 
 class Block(nn.Module):
