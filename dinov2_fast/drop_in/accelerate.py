@@ -6,7 +6,7 @@ from torch import nn
 
 from dinov2_fast.drop_in import huggingface, official, timm
 from dinov2_fast.drop_in.fast_block import OPTIONS, FastBlock, fast_class
-from dinov2_fast.drop_in.half_block import DropPathMode, HalfBlock, Options, full_name
+from dinov2_fast.drop_in.half_block import MIN_TOKENS, DropPathMode, HalfBlock, Options, full_name
 from dinov2_fast.drop_in.report import Entry, Report
 from dinov2_fast.nn.branch_plan import RECOMPUTE_LEVELS, Recompute
 
@@ -156,6 +156,9 @@ def _notes(options: Options, *, dropping: bool) -> tuple[str, ...]:
         )
     if dropping:
         notes.append("under torch.compile and torch.export blocks and drop path are the library's")
-    notes.append("without gradients (inference) blocks run as their library wrote them")
+    notes.append(
+        f"without gradients (inference) or with fewer than {MIN_TOKENS} tokens in a batch, halves "
+        "run by their library's modules, skipping dropped samples"
+    )
     notes.append("second derivatives need restore(model)")
     return tuple(notes)

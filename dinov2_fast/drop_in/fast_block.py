@@ -7,12 +7,12 @@ The object stays the same, so that parameters, buffers, hooks on the block, stat
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, runs_plainly
+from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, Path, runs_plainly
 from dinov2_fast.packing import Pack, pack_tokens, unpack_tokens
 
 OPTIONS = "_dinov2_fast"  # attribute of an accelerated block that holds its Options
@@ -41,14 +41,15 @@ class FastBlock(nn.Module):
             return super().forward(x, *args, **options)
         halves = type(self).halves(self)
         if isinstance(x, Tensor):
-            if x.ndim != 3 or not any(_is_faster(half, x) for half in halves):
+            paths = [half.path(x) for half in halves] if x.ndim == 3 else []
+            if all(path == "library" for path in paths):
                 return super().forward(x, *args, **options)
             pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
-            return self._run(halves, x, pack, x.shape).view(x.shape)
+            return self._run(halves, paths, x, pack).view(x.shape)
         if self.takes_lists:
             tokens, pack = pack_tokens(x)
             if not any(half.why_left() or half.why_not_owned(tokens) for half in halves):
-                return unpack_tokens(self._run(halves, tokens, pack, None), pack)
+                return unpack_tokens(self._run(halves, ["owned", "owned"], tokens, pack), pack)
         return super().forward(x, *args, **options)
 
     @staticmethod
@@ -57,11 +58,11 @@ class FastBlock(nn.Module):
         raise NotImplementedError
 
     def _run(
-        self, halves: tuple[HalfBlock, ...], x: Tensor, pack: Pack, shape: torch.Size | None
+        self, halves: tuple[HalfBlock, ...], paths: Sequence[Path], x: Tensor, pack: Pack
     ) -> Tensor:
         tokens = cast(Tensor, Entrance.apply(x))
-        for half in halves:
-            tokens = half.run(tokens, pack, shape, getattr(self, OPTIONS))
+        for half, path in zip(halves, paths, strict=True):
+            tokens = half.run(tokens, pack, x.shape, path, getattr(self, OPTIONS))
         return tokens
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -88,10 +89,3 @@ def _new_block(fast: type[FastBlock], original: type[nn.Module]) -> nn.Module:
     """An accelerated block without state, for pickle and copy."""
     kind = fast_class(fast, original)
     return kind.__new__(kind)
-
-
-def _is_faster(half: HalfBlock, x: Tensor) -> bool:
-    """Whether a half runs on another path than its library's."""
-    if half.why_left():
-        return False
-    return half.drops() or (half.is_differentiated(x) and not half.why_not_owned(x))

@@ -19,10 +19,16 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.nn.branch_plan import BranchPlan, Recompute
 from dinov2_fast.nn.module_calls import compute_dtype, has_hooks
 from dinov2_fast.nn.residual_branch import AttentionBranch, FeedForwardBranch
-from dinov2_fast.ops.stochastic_depth import KeptRows, draw_kept_rows
+from dinov2_fast.ops.stochastic_depth import KeptRows, draw_kept_rows, keep_count
 from dinov2_fast.packing import Pack
 
 DropPathMode = Literal["subset", "masked"]
+Path = Literal["library", "skipping", "owned"]
+
+# On the CPU calls around the kernels, and passes over weights, cost more than a small batch saves.
+# 8 images of 224 px through ViT-S have 2056 tokens, and 3e8 tokens times channels squared.
+MIN_TOKENS = 2000
+MIN_WORK = 2e8
 
 Part = tuple[str, nn.Module, frozenset[str]]
 """Name, module and the full names of the types whose arithmetic is known."""
@@ -123,28 +129,39 @@ class HalfBlock:
                 return f"{op} has no kernel that is measured on {x.device.type}"
         return ""
 
-    def run(self, x: Tensor, pack: Pack, shape: torch.Size | None, options: Options) -> Tensor:
+    def path(self, x: Tensor) -> Path:
+        """How the half runs on these tokens: see the head of this file.
+
+        Args:
+            x: [B, N, C] tokens.
+        """
+        if self.why_left():
+            return "library"
+        if is_large(x) and self.is_differentiated(x) and not self.why_not_owned(x):
+            return "owned"
+        return "skipping" if self.drops() else "library"
+
+    def run(self, x: Tensor, pack: Pack, shape: torch.Size, path: Path, options: Options) -> Tensor:
         """Add the half to the stream.
 
         Args:
             x: [T, C] tokens in a buffer that may be overwritten.
             pack: layout of x.
-            shape: [B, N, C] for the library's modules; None for several groups of sequences.
+            shape: [B, N, C] for the library's modules, which `owned` does not use.
+            path: how.
             options: of the model.
         Returns:
             [T, C], x itself on the owned path.
         """
-        if shape is None:  # no module of the library takes several groups
-            return self._run_owned(x, pack, self._kept_rows(x, pack, options), options.recompute)
-        if self.why_left():
+        if path == "library":
             return self.plain(x.view(shape)).view(x.shape)
         kept = self._kept_rows(x, pack, options)
-        if self.is_differentiated(x) and not self.why_not_owned(x):
+        if path == "owned":
             return self._run_owned(x, pack, kept, options.recompute)
+        tokens = x if kept is None else x.index_select(0, kept.rows)  # [R, C]
+        branch = self.layer_scale(self.inner(self.norm(tokens.view(-1, *shape[1:])))).flatten(0, 1)
         if kept is None:
-            return self.plain(x.view(shape)).view(x.shape)
-        rows = x.index_select(0, kept.rows)  # [R, C]
-        branch = self.layer_scale(self.inner(self.norm(rows.view(-1, *shape[1:])))).flatten(0, 1)
+            return x + branch
         update = branch * kept.row_scale.to(branch.dtype).unsqueeze(1)
         return x.index_add(0, kept.rows, update.to(x.dtype))
 
@@ -157,6 +174,8 @@ class HalfBlock:
         if not self.drops():
             return None
         if options.drop_path == "subset":
+            if all(keep_count(count, self.drop_ratio) == count for count, _ in pack.groups):
+                return None
             return draw_kept_rows(pack, self.drop_ratio, None)
         factors = self.drop_path(x.new_ones(pack.num_sequences, 1, 1)).flatten()  # [S]
         return rows_of_factors(factors, pack)
@@ -207,7 +226,7 @@ class Entrance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient in the input's shape, as a tensor object of its own."""
-        return grad.reshape(ctx.shape)
+        return grad.detach().reshape(ctx.shape)
 
 
 def rows_of_factors(factors: Tensor, pack: Pack) -> KeptRows:
@@ -229,6 +248,12 @@ def rows_of_factors(factors: Tensor, pack: Pack) -> KeptRows:
         row_scale=factors[kept].float().repeat_interleave(lengths),
         pack=Pack.from_lengths(lengths.tolist(), pack.device),
     )
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether tokens [..., C] are worth nodes that own their memory."""
+    num_tokens = x.numel() // x.shape[-1]
+    return num_tokens >= MIN_TOKENS and num_tokens * x.shape[-1] ** 2 >= MIN_WORK
 
 
 def full_name(kind: type) -> str:

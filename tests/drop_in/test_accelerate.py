@@ -22,11 +22,17 @@ from tests.drop_in.their_models import (
     images,
     make,
     outputs_and_gradients,
+    own_memory_at_any_size,
     run,
 )
 from tests.inputs import randn
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native"), *THIRD_PARTY]
+
+
+@pytest.fixture(autouse=True)
+def at_any_size(monkeypatch):
+    own_memory_at_any_size(monkeypatch)
 
 
 @pytest.fixture

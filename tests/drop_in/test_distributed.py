@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native"), *THIRD_P
 @pytest.mark.parametrize(
     ("wrapper", "kind"),
     [
-        ("ddp", "timm dinov2"),
+        pytest.param("ddp", "timm dinov2", marks=pytest.mark.slow),
         ("fully_shard", "timm dinov2"),
         pytest.param("fully_shard", "hf swiglu", marks=pytest.mark.slow),
     ],

@@ -24,10 +24,17 @@ from tests.drop_in.their_models import (
     keep_the_samples_that_subset_keeps,
     make,
     outputs_and_gradients,
+    own_memory_as_shipped,
+    own_memory_at_any_size,
     run,
 )
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native"), *THIRD_PARTY]
+
+
+@pytest.fixture(autouse=True)
+def at_any_size(monkeypatch):
+    own_memory_at_any_size(monkeypatch)
 
 
 class RowsOfLayers(TorchFunctionMode):
@@ -190,17 +197,31 @@ def test_without_gradients_every_bit_is_the_originals(kind, owned):
     assert not owned
 
 
-def test_a_real_size():
+def test_a_real_size(monkeypatch, owned):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=224, depth=4, init_values=0.5)
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=224, depth=1, init_values=0.5)
     fast = copy.deepcopy(model)
     accelerate(fast)
-    x = torch.randn(1, 3, 224, 224)  # 257 tokens of 6 heads
+    own_memory_as_shipped(monkeypatch)
+    x = torch.randn(8, 3, 224, 224)  # 2056 tokens: enough
 
     found, expected = run(fast, x), run(model, x)
 
+    assert owned == ["attention", "gelu"]
     assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("drop_ratio", [0.0, DROP_RATIO])
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_small_batches_run_by_the_librarys_modules(kind, drop_ratio, monkeypatch, owned):
+    own_memory_as_shipped(monkeypatch)
+    model, x = make(kind, drop_ratio), images(kind)
+    keep_the_samples_that_subset_keeps(monkeypatch, model)
+
+    assert_equal_to_original(accelerate, model, x)
+
+    assert not owned
 
 
 @pytest.mark.parametrize("frozen", ["all", "weights"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast.drop_in import half_block
 from dinov2_fast.ops.stochastic_depth import draw_kept_rows
 from dinov2_fast.packing import Pack
 from tests.drop_in import official_model
@@ -43,8 +44,21 @@ _OFFICIAL = {
     "official": official_model.Mlp,
     "official swiglu": official_model.SwiGLUFFNFused,
 }
+_SHIPPED = (half_block.MIN_TOKENS, half_block.MIN_WORK)
 KINDS = [*_TIMM, *_TRANSFORMERS, *_OFFICIAL]
 ONE_OF_EACH = ["timm dinov2", "hf dinov2", "official"]
+
+
+def own_memory_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small batches of a test take the path of large ones."""
+    monkeypatch.setattr(half_block, "MIN_TOKENS", 0)
+    monkeypatch.setattr(half_block, "MIN_WORK", 0)
+
+
+def own_memory_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the size of a batch decide again."""
+    monkeypatch.setattr(half_block, "MIN_TOKENS", _SHIPPED[0])
+    monkeypatch.setattr(half_block, "MIN_WORK", _SHIPPED[1])
 
 
 def make(kind: str, drop_ratio: float = 0.0, depth: int = DEPTH) -> nn.Module:
