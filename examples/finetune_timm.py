@@ -24,7 +24,7 @@ from dinov2_fast.data.photo_crops import CropSettings, write_photo_crops
 from dinov2_fast.demo import find_photographs
 
 PX, PATCH = 48, 8
-MODEL = {"img_size": PX, "patch_size": PATCH, "depth": 6, "drop_path_rate": 0.2}
+MODEL = {"img_size": PX, "patch_size": PATCH, "depth": 4, "drop_path_rate": 0.2}
 
 
 def read_crops(folder: Path) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm ViT")
     parser.add_argument("--checkpoint", default="", help="weights of that model")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--original", action="store_true", help="do not accelerate, to compare")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -90,12 +91,13 @@ def test_the_examples_run():
     out = subprocess.run(
         [sys.executable, "-W", "ignore", *command[1:], *fewer],
         cwd=README.parent,
+        env={**os.environ, "PYTHONPATH": str(README.parent)},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
 
-    assert "replaced: attention of 6 blocks" in out
+    assert "replaced: attention of 4 blocks" in out
     assert re.search(r"accuracy on 450 test crops: \S+% before, \S+% after", out)
 
 

@@ -41,7 +41,9 @@ class FastBlock(nn.Module):
             return super().forward(x, *args, **options)
         halves = type(self).halves(self)
         if isinstance(x, Tensor):
-            paths = [half.path(x) for half in halves] if x.ndim == 3 else []
+            paths: tuple[Path, ...] = ()
+            if x.ndim == 3:
+                paths = (halves[0].path(x), halves[1].path(x))
             if all(path == "library" for path in paths):
                 return super().forward(x, *args, **options)
             pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
@@ -49,7 +51,7 @@ class FastBlock(nn.Module):
         if self.takes_lists:
             tokens, pack = pack_tokens(x)
             if not any(half.why_left() or half.why_not_owned(tokens) for half in halves):
-                return unpack_tokens(self._run(halves, ["owned", "owned"], tokens, pack), pack)
+                return unpack_tokens(self._run(halves, ("owned", "owned"), tokens, pack), pack)
         return super().forward(x, *args, **options)
 
     @staticmethod
