@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import CPU_ROW, measure, skip_unless_available
 from benchmarks.shapes import (
@@ -38,7 +38,7 @@ CASES = [
 pytestmark = CPU_ROW
 
 
-def saved_bytes(layer: Block, run: Any) -> int:
+def saved_bytes(layer: nn.Module, run: Any) -> int:
     """Bytes that a forward pass keeps for the backward pass, without parameters."""
     known = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     storages: dict[int, int] = {}

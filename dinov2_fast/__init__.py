@@ -16,6 +16,7 @@ _SUBMODULES = (
     "data",
     "distributed",
     "doctor",
+    "drop_in",
     "environment",
     "errors",
     "evaluation",
@@ -30,21 +31,29 @@ _SUBMODULES = (
     "train",
 )
 
+# Name every user needs -> the submodule that defines it.
+_NAMES = {
+    "Pack": "packing",
+    "accelerate": "drop_in",
+    "restore": "drop_in",
+    "use_backend": "backends",
+}
+
 if TYPE_CHECKING:
     from dinov2_fast.backends import use_backend as use_backend
+    from dinov2_fast.drop_in import accelerate as accelerate
+    from dinov2_fast.drop_in import restore as restore
     from dinov2_fast.packing import Pack as Pack
 
-__all__ = ["Pack", "__version__", "use_backend"]
+__all__ = ["Pack", "__version__", "accelerate", "restore", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a submodule, or one of the two names every user needs, on first use."""
+    """Load a submodule, or one of the names every user needs, on first use."""
     if name in _SUBMODULES:
         return importlib.import_module(f"dinov2_fast.{name}")
-    if name == "Pack":
-        return importlib.import_module("dinov2_fast.packing").Pack
-    if name == "use_backend":
-        return importlib.import_module("dinov2_fast.backends").use_backend
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"dinov2_fast.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'dinov2_fast' has no attribute {name!r}")
 
 

@@ -28,7 +28,7 @@ def cpp_files() -> list[Path]:
 
 
 PACKAGE_FILES = python_files("dinov2_fast", "kernels")
-ALL_PYTHON_FILES = [*PACKAGE_FILES, *python_files("tests", "benchmarks", "tools")]
+ALL_PYTHON_FILES = [*PACKAGE_FILES, *python_files("tests", "benchmarks", "tools", "examples")]
 
 
 @functools.cache

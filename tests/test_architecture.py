@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "ops": LEAVES | {"kernels"},
     "nn": LEAVES | {"ops"},
     "models": LEAVES | {"ops", "nn"},
+    "drop_in": LEAVES | {"ops", "nn"},
     "losses": LEAVES | {"ops"},
     "data": LEAVES,
     "features": LEAVES | {"models", "data"},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +79,26 @@ def test_every_command_runs_in_order(labelled_images, tmp_path, capsys):
     assert ran == ["doctor", "train", "train", "eval", "embed", "convert", "bench"]
     assert (tmp_path / "hf" / "config.json").is_file()
     assert (tmp_path / "features.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("on_native")
+def test_the_examples_run():
+    for library in ("timm", "skimage"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    (command,) = [words for words in map(shlex.split, COMMANDS) if words[:1] == ["python"]]
+    fewer = ["--steps", "2", "--batch-size", "2"]  # every word else is README's
+
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", *command[1:], *fewer],
+        cwd=README.parent,
+        env={**os.environ, "PYTHONPATH": str(README.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+    assert "replaced: attention of 4 blocks" in out
+    assert re.search(r"accuracy on 450 test crops: \S+% before, \S+% after", out)
 
 
 def test_inline_commands_are_known(capsys):

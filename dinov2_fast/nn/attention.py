@@ -67,6 +67,38 @@ class Attention(nn.Module):
         return q, k, v
 
 
+class MemEffAttention(Attention):
+    """`Attention` with the constructor arguments of DINOv2's class of this name.
+
+    Args:
+        dim: C, channels.
+        num_heads: H; must divide C.
+        qkv_bias: whether the packed projection has a bias.
+        proj_bias: whether the output projection has one.
+        attn_drop: dropout of attention weights, 0.
+        proj_drop: dropout of the output, 0.
+    Raises:
+        ValueError: see `Attention`; or a dropout other than 0, with which nobody trains DINOv2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        for name, ratio in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if ratio != 0:
+                raise ValueError(
+                    f"MemEffAttention: expected {name} 0, got {ratio}; "
+                    "use drop_path of NestedTensorBlock to regularise"
+                )
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
+
+
 def as_packed(x: Tensor, pack: Pack | None, *, name: str) -> tuple[Tensor, Pack]:
     """Packed tokens from either form a layer takes.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import environment
-from dinov2_fast.nn.attention import Attention, as_packed
+from dinov2_fast.nn.attention import Attention, MemEffAttention, as_packed
 from dinov2_fast.nn.branch_plan import (
     RECOMPUTE_LEVELS,
     BranchPlan,
@@ -20,6 +20,7 @@ from dinov2_fast.nn.layer_norm import LayerNorm
 from dinov2_fast.nn.layer_scale import LayerScale
 from dinov2_fast.nn.linear import Linear
 from dinov2_fast.nn.mlp import Mlp
+from dinov2_fast.nn.module_calls import compute_dtype, has_hooks
 from dinov2_fast.nn.residual_branch import AttentionBranch, FeedForwardBranch
 from dinov2_fast.nn.stochastic_depth import add_branch
 from dinov2_fast.nn.swiglu import SwiGLUFFN
@@ -30,7 +31,10 @@ FFN_LAYERS: dict[str, type[Mlp] | type[SwiGLUFFN]] = {"mlp": Mlp, "swiglu": SwiG
 
 # Modules whose arithmetic the memory-owning branches know. Another type in their place (an adapter,
 # a quantised layer), a hook or a parametrisation is called instead, on the plain path.
-_KNOWN = (Attention, LayerNorm, LayerScale, Mlp, SwiGLUFFN, Linear, nn.Linear, nn.Identity)
+_KNOWN = (
+    *(Attention, MemEffAttention, LayerNorm, LayerScale, Mlp, SwiGLUFFN),
+    *(Linear, nn.Linear, nn.Identity),
+)
 
 
 class Block(nn.Module):
@@ -134,7 +138,7 @@ class Block(nn.Module):
                 pack=pack if kept is None else kept.pack,
                 kept=kept,
                 eps=norm.eps,
-                dtype=_compute_dtype(x),
+                dtype=compute_dtype(x),
                 num_heads=self.attn.num_heads,
                 head_dim=self.attn.head_dim,
                 swiglu=isinstance(self.mlp, SwiGLUFFN),
@@ -207,18 +211,4 @@ def _gamma(layer_scale: nn.Module) -> Tensor | None:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its type says and nothing else."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module) in _KNOWN and not any(hooks) and "forward" not in vars(module)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype | None:
-    """The type autocast asks activations to have; None is that of x."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
+    return type(module) in _KNOWN and not has_hooks(module)

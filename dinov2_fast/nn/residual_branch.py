@@ -68,7 +68,9 @@ class AttentionBranch(torch.autograd.Function):
         norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma = parameters
         stream = _owned(grad)
         g, sums = gather_scaled(stream, *plan.output, out_dtype=out.dtype)  # [R, C]
-        d_proj = _scaled_weight_gradients(g, sums, out.flatten(1), proj_weight, proj_bias, gamma)
+        frozen = not (ctx.needs_input_grad[5] or ctx.needs_input_grad[7])
+        second = (proj_weight, proj_bias, gamma)
+        d_proj = _scaled_weight_gradients(g, sums, out.flatten(1), *second, frozen=frozen)
         d_out = matmul.input_gradient(g, _scaled_rows(proj_weight, gamma)).view(out.shape)
         y = _norm_output(normed, norm_weight, norm_bias, ctx.rebuild)
         if plan.recompute == "block":
@@ -90,7 +92,8 @@ class AttentionBranch(torch.autograd.Function):
             d_k=d_k,
             d_v=d_v,
         )
-        d_y, d_qkv = _project_backward(d_projected, y, qkv_weight, qkv_bias, plan)
+        frozen = not ctx.needs_input_grad[3]
+        d_y, d_qkv = _project_backward(d_projected, y, qkv_weight, qkv_bias, plan, frozen=frozen)
         norm = (normed, rstd, norm_weight, norm_bias)
         d_norm = _norm_backward_(stream, d_y, norm, plan, ctx.rebuild)
         return stream, *d_norm, *d_qkv, *d_proj, None
@@ -154,8 +157,12 @@ class FeedForwardBranch(torch.autograd.Function):
         activation = matmul.input_gradient(g, _scaled_rows(second_weight, gamma))  # d_activation
         backward_ = swiglu_backward_ if plan.swiglu else gelu_backward_
         d_first_bias = backward_(activation, hidden)  # activation and d_hidden from here on
-        d_second = _scaled_weight_gradients(g, sums, activation, second_weight, second_bias, gamma)
-        d_first_weight = matmul.weight_gradient(hidden, y, first_weight)
+        frozen = not (ctx.needs_input_grad[5] or ctx.needs_input_grad[7])
+        second = (second_weight, second_bias, gamma)
+        d_second = _scaled_weight_gradients(g, sums, activation, *second, frozen=frozen)
+        d_first_weight = None
+        if ctx.needs_input_grad[3]:
+            d_first_weight = matmul.weight_gradient(hidden, y, first_weight)
         d_y = matmul.input_gradient(hidden, first_weight)
         norm = (normed, rstd, norm_weight, norm_bias)
         d_norm = _norm_backward_(stream, d_y, norm, plan, ctx.rebuild)
@@ -182,17 +189,21 @@ def _project_backward(
     weight: Tensor,
     bias: Tensor | None,
     plan: BranchPlan,
-) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Gradients of y, and of weight and bias, out of those of what `_project` gave."""
+    *,
+    frozen: bool,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Gradients of y, and of weight (unless it is frozen) and bias, out of what `_project` gave."""
     d_first, d_rest = gradients
     if plan.queries is None:
         d_bias = None if bias is None else d_first.sum(0, dtype=bias.dtype)
-        d_weight = matmul.weight_gradient(d_first, y, weight)
+        d_weight = None if frozen else matmul.weight_gradient(d_first, y, weight)
         return matmul.input_gradient(d_first, weight), (d_weight, d_bias)
     dim = y.shape[1]
-    d_weight = torch.empty_like(weight)
-    d_weight[:dim] = matmul.weight_gradient(d_first, y.index_select(0, plan.queries), weight)
-    d_weight[dim:] = matmul.weight_gradient(d_rest, y, weight)
+    d_weight = None
+    if not frozen:
+        d_weight = torch.empty_like(weight)
+        d_weight[:dim] = matmul.weight_gradient(d_first, y.index_select(0, plan.queries), weight)
+        d_weight[dim:] = matmul.weight_gradient(d_rest, y, weight)
     d_y = matmul.input_gradient(d_rest, weight[dim:])
     d_y.index_add_(0, plan.queries, matmul.input_gradient(d_first, weight[:dim]))
     if bias is None:
@@ -313,13 +324,19 @@ def _scaled_weight_gradients(
     weight: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    *,
+    frozen: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of weight, bias and gamma; that of gamma needs no output of the branch.
 
     With G = g.T @ x the gradient of `weight` is gamma * G and that of gamma is the sum of
-    `weight * G` over inputs, plus the bias's part.
+    `weight * G` over inputs, plus the bias's part. Where weight and gamma are frozen, G, a third of
+    the layer's work, is not computed.
     """
     sums = sums.to(weight.dtype)
+    if frozen:
+        d_bias = sums if gamma is None else gamma * sums
+        return None, None if bias is None else d_bias, None
     raw = matmul.weight_gradient(g, x, weight)  # [O, I]
     if gamma is None:
         return raw, None if bias is None else sums, None

@@ -1,0 +1,164 @@
+"""`accelerate` makes the ViT somebody already has a fast one, in place; `restore` undoes it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dinov2_fast.drop_in import huggingface, official, timm
+from dinov2_fast.drop_in.fast_block import OPTIONS, FastBlock, fast_class
+from dinov2_fast.drop_in.half_block import MIN_TOKENS, DropPathMode, HalfBlock, Options, full_name
+from dinov2_fast.drop_in.report import Entry, Report
+from dinov2_fast.nn.branch_plan import RECOMPUTE_LEVELS, Recompute
+
+_LIBRARIES = {
+    "timm": timm.FastTimmBlock,
+    "transformers": huggingface.FastHuggingFaceLayer,
+    "official DINOv2": official.FastOfficialBlock,
+}
+
+
+def accelerate(
+    model: nn.Module, *, drop_path: DropPathMode = "subset", recompute: Recompute = "none"
+) -> Report:
+    """Make the transformer blocks of a model faster and leaner, in place.
+
+    Parameters, state-dict keys, hooks on blocks and the model's interface stay as they are. Call it
+    before `fully_shard`; calling it again reports anew.
+
+    Args:
+        model: a timm VisionTransformer, a transformers Dinov2 model or DINOv2's own; or a model
+            that contains one.
+        drop_path: `subset` computes each half, in training, for a fixed number of samples drawn
+            anew (b samples, m kept, weighted b / m); `masked` keeps every sample with its own
+            probability, with the very draws of the library.
+        recompute: what the backward pass computes anew instead of keeping it: `none`, `mlp`
+            (the hidden layer) or `block` (queries, keys and values too).
+    Returns:
+        What was replaced, what was left and why; print it.
+    Raises:
+        TypeError: not a module.
+        ValueError: no block of a known library in the model, or an unknown option.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate: expected model to be an nn.Module, got {type(model).__name__}"
+        )
+    if drop_path not in ("subset", "masked"):
+        raise ValueError(f"accelerate: expected drop_path subset or masked, got {drop_path!r}")
+    if recompute not in RECOMPUTE_LEVELS:
+        levels = ", ".join(RECOMPUTE_LEVELS)
+        raise ValueError(f"accelerate: expected recompute to be one of {levels}, got {recompute!r}")
+    found = [
+        (name, block, library)
+        for name, block in model.named_modules()
+        if (library := _library_of(block))
+    ]
+    if not found:
+        raise ValueError(
+            f"accelerate: expected a model with blocks of timm's VisionTransformer, transformers' "
+            f"Dinov2 models or DINOv2's code, got a {full_name(type(model))} without any; "
+            "build from dinov2_fast.nn instead"
+        )
+    options = Options(drop_path=drop_path, recompute=recompute)
+    entries: dict[str, list[Entry]] = {"replaced": [], "skipping": [], "left": []}
+    dropping = False
+    for name, block, library in found:
+        halves = _LIBRARIES[library].halves(block)
+        reasons = [_why_left(block, half, library) for half in halves]
+        for half, reason in zip(halves, reasons, strict=True):
+            kind, reason = ("left", reason) if reason else _path_of(half)
+            label = "attention" if half.kind == "attention" else "feed-forward"
+            entries[kind].append(Entry(name or "model", label, reason))
+            dropping |= half.drop_ratio > 0
+        if not all(reasons):
+            _exchange(block, _LIBRARIES[library], options)
+    return Report(
+        library=" and ".join(dict.fromkeys(library for _, _, library in found)),
+        replaced=tuple(entries["replaced"]),
+        skipping=tuple(entries["skipping"]),
+        left=tuple(entries["left"]),
+        notes=_notes(options, dropping=dropping),
+    )
+
+
+def restore(model: nn.Module) -> int:
+    """Give every accelerated block its library's class back.
+
+    Args:
+        model: what `accelerate` was given, or a part or copy of it.
+    Returns:
+        How many blocks were restored; 0 if none was accelerated.
+    Raises:
+        ValueError: a block was wrapped by something else in the meantime.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, FastBlock)]
+    for block in blocks:
+        if not _is_accelerated(block):
+            raise ValueError(
+                f"restore: expected blocks as accelerate left them, got a {full_name(type(block))} "
+                "around one; restore before fully_shard, or rebuild the model"
+            )
+    for block in blocks:
+        block.__class__ = type(block).original  # pyright: ignore[reportAttributeAccessIssue]
+        delattr(block, OPTIONS)
+    return len(blocks)
+
+
+def _library_of(block: nn.Module) -> str:
+    """The library of a block, accelerated already or not; "" for any other module."""
+    kind = type(block)
+    if isinstance(block, FastBlock) and _is_accelerated(block):
+        kind = block.original
+    name = full_name(kind)
+    if name in timm.BLOCKS:
+        return "timm"
+    if name in huggingface.BLOCKS:
+        return "transformers"
+    ours = name.startswith("dinov2_fast.")
+    return "official DINOv2" if official.is_official_block(block, kind) and not ours else ""
+
+
+def _is_accelerated(block: nn.Module) -> bool:
+    """Whether a block's class is exactly one that `fast_class` made."""
+    kind = type(block)
+    return isinstance(block, FastBlock) and "original" in vars(kind)
+
+
+def _why_left(block: nn.Module, half: HalfBlock, library: str) -> str:
+    """Why a half stays as it is, or ""."""
+    reason = half.why_left()
+    if reason or library != "official DINOv2" or _is_accelerated(block):
+        return reason
+    same = official.computes_the_same(block)
+    return "" if same else "the block computes something else than DINOv2's"
+
+
+def _path_of(half: HalfBlock) -> tuple[str, str]:
+    """Whether a half owns its memory or only skips samples, and why."""
+    reason = half.why_not_owned(half.second.weight)
+    return ("skipping", reason) if reason else ("replaced", "")
+
+
+def _exchange(block: nn.Module, fast: type[FastBlock], options: Options) -> None:
+    """Give a block its faster class."""
+    if not _is_accelerated(block):
+        block.__class__ = fast_class(fast, type(block))
+    setattr(block, OPTIONS, options)
+
+
+def _notes(options: Options, *, dropping: bool) -> tuple[str, ...]:
+    """What a user should know besides which blocks changed."""
+    notes: list[str] = []
+    if dropping and options.drop_path == "subset":
+        notes.append(
+            "drop path keeps a fixed number of samples, drawn anew by each half, and weights them "
+            "so that the expectation is the library's; drop_path='masked' keeps the library's draws"
+        )
+    if dropping:
+        notes.append("under torch.compile and torch.export blocks and drop path are the library's")
+    notes.append(
+        f"without gradients (inference) or with fewer than {MIN_TOKENS} tokens in a batch, halves "
+        "run by their library's modules, skipping dropped samples"
+    )
+    notes.append("second derivatives need restore(model)")
+    return tuple(notes)

@@ -1,0 +1,93 @@
+"""Blocks of other libraries whose class is exchanged for one that runs their halves faster.
+
+The object stays the same, so that parameters, buffers, hooks on the block, state-dict keys,
+`isinstance` and whoever holds a reference to it see no difference; only `forward` is another one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, Path, runs_plainly
+from dinov2_fast.packing import Pack, pack_tokens, unpack_tokens
+
+OPTIONS = "_dinov2_fast"  # attribute of an accelerated block that holds its Options
+
+
+class FastBlock(nn.Module):
+    """The faster `forward`, in front of a library's block class; a subclass knows its modules."""
+
+    takes_lists = False  # whether a list of batches may stand for the tokens
+    original: type[nn.Module]  # the library's class, set by `fast_class`
+
+    def forward(self, x: Any, *args: Any, **options: Any) -> Any:
+        """Both halves of the block.
+
+        Args:
+            x: [B, N, C] tokens.
+            *args: the library's other arguments (masks, flags): what is neither None nor False
+                makes the block run as its library wrote it.
+            **options: the same by name.
+        Returns:
+            What the library's block returns.
+        """
+        if runs_plainly() or any(
+            value is not None and value is not False for value in (*args, *options.values())
+        ):
+            return super().forward(x, *args, **options)
+        halves = type(self).halves(self)
+        if isinstance(x, Tensor):
+            paths: tuple[Path, ...] = ()
+            if x.ndim == 3:
+                paths = (halves[0].path(x), halves[1].path(x))
+            if all(path == "library" for path in paths):
+                return super().forward(x, *args, **options)
+            pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
+            return self._run(halves, paths, x, pack).view(x.shape)
+        if self.takes_lists:
+            tokens, pack = pack_tokens(x)
+            if not any(half.why_left() or half.why_not_owned(tokens) for half in halves):
+                return unpack_tokens(self._run(halves, ("owned", "owned"), tokens, pack), pack)
+        return super().forward(x, *args, **options)
+
+    @staticmethod
+    def halves(block: nn.Module) -> tuple[HalfBlock, HalfBlock]:
+        """The attention half and the feed-forward half of a block, in the order they run."""
+        raise NotImplementedError
+
+    def _run(
+        self, halves: tuple[HalfBlock, ...], paths: Sequence[Path], x: Tensor, pack: Pack
+    ) -> Tensor:
+        tokens = cast(Tensor, Entrance.apply(x))
+        for half, path in zip(halves, paths, strict=True):
+            tokens = half.run(tokens, pack, x.shape, path, getattr(self, OPTIONS))
+        return tokens
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickling and copying by the two classes that make up this one."""
+        kind = type(self)
+        return _new_block, (kind.__mro__[1], kind.original), self.__getstate__()
+
+
+@functools.cache
+def fast_class(fast: type[FastBlock], original: type[nn.Module]) -> type[FastBlock]:
+    """The class of an accelerated block.
+
+    Args:
+        fast: knows the library's modules.
+        original: the library's block class.
+    Returns:
+        A subclass of both, the same one for the same arguments.
+    """
+    attributes = {"original": original, "__module__": original.__module__, "__doc__": fast.__doc__}
+    return cast("type[FastBlock]", type(f"Fast{original.__name__}", (fast, original), attributes))
+
+
+def _new_block(fast: type[FastBlock], original: type[nn.Module]) -> nn.Module:
+    """An accelerated block without state, for pickle and copy."""
+    kind = fast_class(fast, original)
+    return kind.__new__(kind)

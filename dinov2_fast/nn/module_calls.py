@@ -1,0 +1,32 @@
+"""What a call of a module does besides its class's arithmetic: hooks, and types by autocast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more, or something else, than its class says.
+
+    Args:
+        module: looked at without its children.
+    Returns:
+        True with hooks of its own or of all modules, or a `forward` set on the instance.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype | None:
+    """The type autocast asks activations to have; None is that of x."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
