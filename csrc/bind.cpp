@@ -1,6 +1,9 @@
 // The extension: one binder per op and device, listed by CMake in binders.hpp.
 #include "binders.hpp"
 #include "cpu/level.hpp"
+#include "launch_record.hpp"
+
+#include <pybind11/stl.h>
 
 namespace py = pybind11;
 
@@ -17,5 +20,19 @@ PYBIND11_MODULE(_native, m) {
         return names;
       },
       "Instruction sets the CPU kernels can use on this processor, narrowest first.");
+  m.def(
+      "record_launches_cuda", [](bool on) { dinov2_fast::LaunchRecorder::of_process().turn(on); },
+      "While on, CUDA kernels are noted instead of launched: no GPU is needed, nothing computed.",
+      py::arg("on"));
+  m.def(
+      "take_launches_cuda",
+      [] {
+        py::list launches;
+        for (const auto& l : dinov2_fast::LaunchRecorder::of_process().take())
+          launches.append(
+              py::make_tuple(l.kernel, l.grid, l.block, l.shared_bytes, py::bytes(l.params)));
+        return launches;
+      },
+      "What was noted since the last call: (kernel, grid, block, shared bytes, Params) each.");
   bind_every_op(m);
 }

@@ -157,7 +157,8 @@ def _why_not_this_call(
     reason = _why_not(op, name, device_type)
     if reason:
         return reason
-    dtypes = DTYPES.get((op, name, "cuda" if name == "triton" else device_type), ())
+    place = "cuda" if name == "triton" else native.kernels_for(device_type)
+    dtypes = DTYPES.get((op, name, place), ())
     if dtype not in dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {known}, got {str(dtype).removeprefix('torch.')}"
@@ -173,10 +174,11 @@ def _why_not(op: str, name: str, device_type: str) -> str:
         return ""
     # Triton's interpreter runs the kernels of the GPU on the CPU, for tests: only on request.
     interpreted = name == "triton" and device_type == "cpu" and environment.triton_interpreted()
-    if name not in PREFERENCE[op].get("cuda" if interpreted else device_type, ()):
+    place = native.kernels_for(device_type) if name == "native" else device_type
+    if name not in PREFERENCE[op].get("cuda" if interpreted else place, ()):
         return f"{op} has no {name} kernel for {device_type}"
     if name == "native":
-        return native.why_not_for(op, device_type)
+        return native.why_not_for(op, place)
     return _why_not_triton(op, interpreted)
 
 

@@ -11,6 +11,9 @@ import torch
 
 from dinov2_fast.errors import BackendUnavailable
 
+# Tests set it: CUDA kernels then compute on tensors of the CPU, executed without a GPU.
+cuda_on_cpu = False
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
@@ -80,11 +83,18 @@ def why_not_for(op: str, device_type: str) -> str:
     return ""
 
 
+def kernels_for(device_type: str) -> str:
+    """The device type whose kernels compute on tensors of a device type: the same but in tests."""
+    return "cuda" if cuda_on_cpu and device_type == "cpu" else device_type
+
+
 def _why_not_cuda() -> str:
     """Empty when the extension's CUDA code runs on the current GPU, else why not."""
     archs = cuda_archs()
     if not archs:
         return "the extension was built without CUDA (no nvcc, or DINOV2_FAST_BUILD=cpu)"
+    if cuda_on_cpu:
+        return ""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()

@@ -1,6 +1,7 @@
 // SwiGLU on CUDA: h = silu(x1) * x2 and its gradient, rows of [x1 | x2] side by side.
 #include "check.hpp"
 #include "cuda/device/guard.cuh"
+#include "cuda/device/launch.cuh"
 #include "cuda/device/vector.cuh"
 
 #include <pybind11/pybind11.h>
@@ -113,11 +114,8 @@ cudaError_t launch_width(const Params& p, bool forward, cudaStream_t stream) {
   const int64_t grid_x = std::min<int64_t>((vectors + block.x - 1) / block.x, 1 << 20);
   const int64_t grid_y = std::min<int64_t>((p.rows + block.y - 1) / block.y, kMaxGridY);
   const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
-  if (forward)
-    swiglu_forward_kernel<T, kVector><<<grid, block, 0, stream>>>(p);
-  else
-    swiglu_backward_kernel<T, kVector><<<grid, block, 0, stream>>>(p);
-  return cudaGetLastError();
+  return forward ? launch<swiglu_forward_kernel<T, kVector>>(grid, block, 0, stream, p)
+                 : launch<swiglu_backward_kernel<T, kVector>>(grid, block, 0, stream, p);
 }
 
 template <typename T> cudaError_t launch_type(const Params& p, bool forward, cudaStream_t stream) {

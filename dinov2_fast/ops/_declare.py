@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 
 Kernel = Callable[..., Any]
@@ -44,10 +45,7 @@ def declare(
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
     for device_type in dict.fromkeys(device for _, device in kernels):
-        table = {
-            backend: run for (backend, device), run in kernels.items() if device == device_type
-        }
-        _LIBRARY.impl(name, _dispatcher(name, device_type, table), device_type.upper())
+        _LIBRARY.impl(name, _dispatcher(name, device_type, kernels), device_type.upper())
     qualified = f"dinov2_fast::{name}"
 
     def without_backend(*arguments: Any) -> Any:
@@ -63,15 +61,18 @@ def declare(
     return getattr(torch.ops.dinov2_fast, name).default
 
 
-def _dispatcher(name: str, device_type: str, table: Mapping[str, Kernel]) -> Kernel:
+def _dispatcher(name: str, device_type: str, kernels: Mapping[tuple[str, str], Kernel]) -> Kernel:
     """The function torch calls on one device type: takes the backend off and runs its kernel."""
 
     def run(*arguments: Any) -> Any:
-        kernel = table.get(arguments[-1])
+        backend, place = arguments[-1], device_type
+        if backend == "native":
+            place = native.kernels_for(device_type)
+        kernel = kernels.get((backend, place))
         if kernel is None:
+            known = ", ".join(backend for backend, device in kernels if device == device_type)
             raise BackendUnavailable(
-                f"{name}: expected a backend of {', '.join(table)} on {device_type}, "
-                f"got {arguments[-1]!r}"
+                f"{name}: expected a backend of {known} on {device_type}, got {arguments[-1]!r}"
             )
         return kernel(*arguments[:-1])
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast import native
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
@@ -21,6 +20,7 @@ from dinov2_fast.ops._native_cpu import (
     refusals,
     run_cpu,
 )
+from dinov2_fast.ops._native_cuda import run_cuda
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
@@ -144,16 +144,15 @@ def _forward_native_cuda(x12: Tensor) -> Tensor:
     """Native forward on the current stream of x12's GPU."""
     rows, hidden = x12.shape[0], x12.shape[1] // 2
     h = x12.new_empty(rows, hidden)
-    native.module().swiglu_forward_cuda(
-        x12=x12.data_ptr(),
-        h=h.data_ptr(),
+    run_cuda(
+        "swiglu_forward_cuda",
+        x12=x12,
+        h=h,
         rows=rows,
         hidden=hidden,
         x12_row_stride=x12.stride(0),
         h_row_stride=h.stride(0),
         dtype=dtype_name(x12),
-        device=h.get_device(),
-        stream=torch.cuda.current_stream(x12.device).cuda_stream,
     )
     return h
 
@@ -191,18 +190,17 @@ def _launch_backward_cpu(
 def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
     """Native backward on the current stream of x12's GPU."""
     dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
-    native.module().swiglu_backward_cuda(
-        dh=dh.data_ptr(),
-        x12=x12.data_ptr(),
-        dx12=dx12.data_ptr(),
+    run_cuda(
+        "swiglu_backward_cuda",
+        dh=dh,
+        x12=x12,
+        dx12=dx12,
         rows=x12.shape[0],
         hidden=x12.shape[1] // 2,
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
         dtype=dtype_name(x12),
-        device=dx12.get_device(),
-        stream=torch.cuda.current_stream(x12.device).cuda_stream,
     )
     return dx12
 

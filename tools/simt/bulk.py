@@ -282,7 +282,7 @@ def _block(inst: Inst, batch: Batch, copies: BulkCopies, loads: bool) -> Run:
                 barrier = int(copies.mbarriers.flat(lanes, mbarrier(lanes))[0])
                 copies.load(int(lane), flat, flat + steps, values, barrier)
             else:
-                offsets = (addresses - np.uint64(GLOBAL_BASE)).astype(np.int64)
+                offsets = batch.device.offsets_of(addresses)
                 copies.store(int(lane), flat, num_bytes, (flat + steps, offsets, 8))
 
     return run

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.simt.memory import GLOBAL_BASE
 from tools.simt.program import TYPE_BYTES, Kernel
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class GlobalMemory:
     def locate(self, lanes: np.ndarray, addresses: np.ndarray, num_bytes: int) -> np.ndarray:
         """Byte offsets into the arena, checked."""
         batch, checks = self.batch, self.batch.checks
-        offsets = (addresses.astype(np.uint64) - np.uint64(GLOBAL_BASE)).view(np.int64)
+        offsets = self.device.offsets_of(addresses)
         bad = self.device.bad(offsets, num_bytes) if checks.bounds else None
         if bad is not None and bad.any():
             first = int(np.flatnonzero(bad)[0])

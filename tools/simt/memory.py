@@ -11,7 +11,8 @@ import numpy as np
 
 from tools.simt.numbers import UINT
 
-GLOBAL_BASE = 1 << 36  # what a null pointer plus a small offset must not reach
+# Below every address of this process, and what a null pointer and a small offset do not reach.
+GLOBAL_BASE = 1 << 36
 SHARED_WINDOW = 1 << 48  # generic addresses of shared memory
 LOCAL_WINDOW = 1 << 49  # generic addresses of a thread's own memory
 GAP = 512  # bytes nobody owns on both sides of an allocation
@@ -46,6 +47,8 @@ class Device:
         self.arrays: list[tuple[np.ndarray, int]] = []
         self.addresses: dict[tuple[int, int], int] = {}
         self.tensor_maps: list[Any] = []
+        # Arrays that keep their addresses: begin, end and arena offset - begin, ascending.
+        self.adopted = np.zeros((0, 3), np.int64)
         self.bytes = np.zeros(0, np.uint8)
         self.owner = np.zeros(0, np.int16)
         self.written = np.zeros(0, bool)
@@ -98,6 +101,38 @@ class Device:
             self.addresses[key] = address
             self.arrays.append((content, address - GLOBAL_BASE))
         return self.addresses[key]
+
+    def adopt(self, array: Any, name: str = "") -> None:
+        """Let kernels use an array at the address that it has in this process.
+
+        For parameters and tables of addresses that were made for memory of the process.
+        """
+        content = as_bytes(array)
+        begin = content.__array_interface__["data"][0]
+        if not len(content) or begin in self.adopted[:, 0]:
+            return
+        room = self.allocate(len(content) + 256, name or f"array {len(self.arrays)}")
+        offset = room - GLOBAL_BASE + begin % 256
+        label, size = self.names[-1][0], len(content)
+        self.owner[offset - begin % 256 : offset + size + 256] = 0
+        self.owner[offset : offset + size] = len(self.names) - 1
+        self.names[-1] = (label, offset, size)
+        self.bytes[offset : offset + size] = content
+        self.written[offset : offset + size] = True
+        self.arrays.append((content, offset))
+        rows = [*self.adopted.tolist(), [begin, begin + size, offset - begin]]
+        self.adopted = np.array(sorted(rows), np.int64)
+
+    def offsets_of(self, addresses: np.ndarray) -> np.ndarray:
+        """Places in the arena of addresses, in or out of an allocation."""
+        addresses = addresses.astype(np.uint64).view(np.int64)
+        offsets = addresses - GLOBAL_BASE
+        if len(self.adopted):
+            begins, ends, shifts = self.adopted.T
+            at = np.searchsorted(begins, addresses, side="right") - 1
+            near = (at >= 0) & (addresses < ends[at] + GAP // 2)  # the gap behind it included
+            offsets = np.where(near, addresses + shifts[at], offsets)
+        return offsets
 
     def refresh(self) -> None:
         """Copy every array to its place again."""

@@ -1,6 +1,8 @@
 // Makes a device current for a scope and puts the caller's back.
 #pragma once
 
+#include "launch_record.hpp"
+
 #include <cuda_runtime.h>
 
 namespace dinov2_fast {
@@ -8,6 +10,8 @@ namespace dinov2_fast {
 class DeviceGuard {
 public:
   explicit DeviceGuard(int device) {
+    if (LaunchRecorder::of_process().is_on())
+      return;
     status_ = cudaGetDevice(&before_);
     if (status_ == cudaSuccess && before_ != device) {
       status_ = cudaSetDevice(device);
