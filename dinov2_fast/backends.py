@@ -23,13 +23,13 @@ BACKENDS = ("reference", "native", "triton")
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 # Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
-# on a GPU yet: DINOV2_FAST_PREFER=triton or an explicit backend takes them.
+# on a GPU yet: DINOV2_FAST_PREFER=native (or triton) or an explicit backend takes them.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
-    "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
-    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
+    "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
-    "gelu": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "gelu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "koleo": {"cpu": ("native", "reference"), "cuda": ("reference",)},
@@ -39,13 +39,16 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
 DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("stochastic_depth", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("stochastic_depth", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("stochastic_depth", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("layer_norm", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("layer_norm", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("layer_norm", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("attention", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("gelu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("gelu", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),

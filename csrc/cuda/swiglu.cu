@@ -2,13 +2,14 @@
 #include "check.hpp"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/tiles.cuh"
+#include "cuda/device/types.cuh"
 #include "cuda/device/vector.cuh"
+#include "keywords.hpp"
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -17,19 +18,18 @@ namespace py = pybind11;
 namespace dinov2_fast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
-constexpr int64_t kMaxGridY = 65535;
-
 struct Params {
-  const void* dh;         // [R, F], backward only
-  const void* x12;        // [R, 2F]
-  void* out;              // forward h [R, F], backward dx12 [R, 2F]
-  int64_t rows;           // R
-  int64_t hidden;         // F
-  int64_t dh_row_stride;  // elements
-  int64_t x12_row_stride; // elements
-  int64_t out_row_stride; // elements
+  const void* dh;  // [R, F], backward only; may be h
+  const void* x12; // [R, 2F]
+  void* dx12;      // [R, 2F], backward only; may be x12
+  void* h;         // [R, F], or null in the backward
+  float* partials; // [num_partials, 2F] sums of dx12 over rows, or null
+  int64_t rows;    // R
+  int64_t hidden;  // F
+  int64_t dh_row_stride;
+  int64_t x12_row_stride;
+  int64_t dx12_row_stride;
+  int64_t h_row_stride;
 };
 
 // Half types keep 8 or 11 bits, so the fast exponential and division (2 ulp of float) cost nothing.
@@ -39,148 +39,129 @@ template <typename T> __device__ float sigmoid(float x) {
   return std::is_same_v<T, float> ? numerator / (1.0f + e) : __fdividef(numerator, 1.0f + e);
 }
 
-// Threads along x take vectors of a row, threads along y rows; both advance by the grid's size.
-template <typename T, int kVector, typename Body>
-__device__ void for_each_vector(const Params& p, const Body& body) {
-  const int64_t vectors = p.hidden / kVector;
-  const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-  const int64_t column_step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < p.rows;
-       row += row_step)
-    for (int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-         column < vectors; column += column_step)
-      body(row, column * kVector);
-}
-
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(const Params p) {
-  using V = Vector<T, kVector>;
-  for_each_vector<T, kVector>(p, [&](int64_t row, int64_t column) {
+__global__ void __launch_bounds__(kTileThreads) swiglu_forward_kernel(const Params p) {
+  const int64_t column = tile_column<kVector>();
+  for_each_row<kVector>(p.rows, p.hidden, [&](int64_t row) {
     const T* x12 = static_cast<const T*>(p.x12) + row * p.x12_row_stride + column;
-    const V x1 = load_vector<T, kVector>(x12);
-    const V x2 = load_vector<T, kVector>(x12 + p.hidden);
-    V h;
+    const auto x1 = load_vector<T, kVector>(x12);
+    const auto x2 = load_vector<T, kVector>(x12 + p.hidden);
+    Vector<T, kVector> h;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float gate = to_float(x1.at[i]);
       from_float(h.at[i], gate * sigmoid<T>(gate) * to_float(x2.at[i]));
     }
-    store_vector(static_cast<T*>(p.out) + row * p.out_row_stride + column, h);
+    store_vector(static_cast<T*>(p.h) + row * p.h_row_stride + column, h);
   });
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const Params p) {
-  using V = Vector<T, kVector>;
-  for_each_vector<T, kVector>(p, [&](int64_t row, int64_t column) {
+__global__ void __launch_bounds__(kTileThreads) swiglu_backward_kernel(const Params p) {
+  const int64_t column = tile_column<kVector>();
+  float sums1[kVector] = {}, sums2[kVector] = {};
+  for_each_row<kVector>(p.rows, p.hidden, [&](int64_t row) {
     const T* x12 = static_cast<const T*>(p.x12) + row * p.x12_row_stride + column;
-    const V x1 = load_vector<T, kVector>(x12);
-    const V x2 = load_vector<T, kVector>(x12 + p.hidden);
-    const V dh =
-        load_vector<T, kVector>(static_cast<const T*>(p.dh) + row * p.dh_row_stride + column);
-    V dx1, dx2;
+    const auto x1 = load_writable<T, kVector>(x12);
+    const auto x2 = load_writable<T, kVector>(x12 + p.hidden);
+    const auto dh =
+        load_writable<T, kVector>(static_cast<const T*>(p.dh) + row * p.dh_row_stride + column);
+    Vector<T, kVector> dx1, dx2, h;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float gate = to_float(x1.at[i]), gradient = to_float(dh.at[i]);
-      const float s = sigmoid<T>(gate);
-      from_float(dx1.at[i], gradient * to_float(x2.at[i]) * (s * (1.0f + gate * (1.0f - s))));
-      from_float(dx2.at[i], gradient * (gate * s));
+      const float value = to_float(x2.at[i]), s = sigmoid<T>(gate);
+      const float d1 = gradient * value * (s * (1.0f + gate * (1.0f - s)));
+      const float d2 = gradient * (gate * s);
+      sums1[i] += d1;
+      sums2[i] += d2;
+      from_float(dx1.at[i], d1);
+      from_float(dx2.at[i], d2);
+      from_float(h.at[i], gate * s * value);
     }
-    T* dx12 = static_cast<T*>(p.out) + row * p.out_row_stride + column;
+    T* dx12 = static_cast<T*>(p.dx12) + row * p.dx12_row_stride + column;
     store_vector(dx12, dx1);
     store_vector(dx12 + p.hidden, dx2);
+    if (p.h != nullptr)
+      store_vector(static_cast<T*>(p.h) + row * p.h_row_stride + column, h);
   });
+  if (p.partials != nullptr) {
+    float* partials = p.partials + blockIdx.y * 2 * p.hidden;
+    store_column_sums(sums1, partials, p.hidden);
+    __syncthreads();
+    store_column_sums(sums2, partials + p.hidden, p.hidden);
+  }
 }
 
-// Whether every vector of every row starts at a multiple of 16 bytes. Then no row has a tail: F is
-// whole vectors, or x2 would start between two of them.
-template <typename T> bool whole_vectors(const Params& p) {
-  constexpr int64_t kVector = kVectorBytes / sizeof(T);
-  const auto aligned = [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
-  };
-  return p.hidden % kVector == 0 && p.dh_row_stride % kVector == 0 &&
-         p.x12_row_stride % kVector == 0 && p.out_row_stride % kVector == 0 && aligned(p.dh) &&
-         aligned(p.x12) && aligned(p.out);
+// Then no row has a tail: F is whole vectors, or x2 would start between two of them.
+template <typename T, int kVector> bool whole(const Params& p) {
+  return p.hidden % kVector == 0 && whole_vectors<T, kVector>(p.dh, p.dh_row_stride) &&
+         whole_vectors<T, kVector>(p.x12, p.x12_row_stride) &&
+         whole_vectors<T, kVector>(p.dx12, p.dx12_row_stride) &&
+         whole_vectors<T, kVector>(p.h, p.h_row_stride);
 }
 
 template <typename T, int kVector>
-cudaError_t launch_width(const Params& p, bool forward, cudaStream_t stream) {
-  const int64_t vectors = p.hidden / kVector;
-  unsigned x = 1;
-  while (x < kThreads && x < vectors)
-    x *= 2;
-  const dim3 block(x, kThreads / x);
-  const int64_t grid_x = std::min<int64_t>((vectors + block.x - 1) / block.x, 1 << 20);
-  const int64_t grid_y = std::min<int64_t>((p.rows + block.y - 1) / block.y, kMaxGridY);
-  const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+cudaError_t launch_width(const Params& p, bool forward, int64_t num_partials, cudaStream_t stream) {
+  const dim3 block = tile_block(), grid = tile_grid(p.rows, p.hidden / kVector, num_partials);
   return forward ? launch<swiglu_forward_kernel<T, kVector>>(grid, block, 0, stream, p)
                  : launch<swiglu_backward_kernel<T, kVector>>(grid, block, 0, stream, p);
 }
 
-template <typename T> cudaError_t launch_type(const Params& p, bool forward, cudaStream_t stream) {
-  if (whole_vectors<T>(p))
-    return launch_width<T, kVectorBytes / sizeof(T)>(p, forward, stream);
-  return launch_width<T, 1>(p, forward, stream);
-}
-
-cudaError_t swiglu(const Params& p, bool forward, const std::string& dtype, cudaStream_t stream) {
-  if (dtype == "float32")
-    return launch_type<float>(p, forward, stream);
-  if (dtype == "float16")
-    return launch_type<__half>(p, forward, stream);
-  return launch_type<__nv_bfloat16>(p, forward, stream);
-}
-
-void check_and_run(const char* op, const Params& p, bool forward, const std::string& dtype,
-                   int device, uintptr_t stream) {
-  require(p.rows >= 0, op, "rows must not be negative, got " + std::to_string(p.rows));
-  require(p.hidden >= 0, op, "hidden must not be negative, got " + std::to_string(p.hidden));
-  require(dtype == "float32" || dtype == "float16" || dtype == "bfloat16", op,
-          "expected float32, float16 or bfloat16, got " + dtype);
+void check_and_run(const char* op, const Params& p, bool forward, int64_t num_partials,
+                   const py::kwargs& a) {
+  const auto dtype = keyword<std::string>(a, "dtype");
+  const auto device = keyword<int>(a, "device");
+  const auto stream = pointer<CUstream_st>(a, "stream");
+  require_not_negative(op, "rows", p.rows);
+  require_not_negative(op, "hidden", p.hidden);
+  require_matrix(op, "x12", p.x12, p.rows, 2 * p.hidden, p.x12_row_stride, false);
   if (p.rows == 0 || p.hidden == 0)
     return; // a grid of no blocks is an error to CUDA
-  const DeviceGuard guard(device);
-  cudaError_t status = guard.status();
-  if (status == cudaSuccess)
-    status = swiglu(p, forward, dtype, reinterpret_cast<cudaStream_t>(stream));
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+  require((p.partials != nullptr) == (num_partials > 0), op,
+          "expected partials if and only if there are num_partials");
+  const py::gil_scoped_release release;
+  run_on(op, device, [&] {
+    return with_type(op, dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if (whole<T, kVectorOf<T>>(p))
+        return launch_width<T, kVectorOf<T>>(p, forward, num_partials, stream);
+      return launch_width<T, 1>(p, forward, num_partials, stream);
+    });
+  });
 }
 
-void swiglu_forward(uintptr_t x12, uintptr_t h, int64_t rows, int64_t hidden,
-                    int64_t x12_row_stride, int64_t h_row_stride, const std::string& dtype,
-                    int device, uintptr_t stream) {
+void swiglu_forward(const py::kwargs& a) {
   constexpr const char* op = "swiglu_forward_cuda";
-  const Params p{nullptr,
-                 reinterpret_cast<const void*>(x12),
-                 reinterpret_cast<void*>(h),
-                 rows,
-                 hidden,
-                 0,
-                 x12_row_stride,
-                 h_row_stride};
-  require_matrix(op, "x12", p.x12, rows, 2 * hidden, x12_row_stride, false);
-  require_matrix(op, "h", p.out, rows, hidden, h_row_stride, true);
-  check_and_run(op, p, true, dtype, device, stream);
+  Params p{};
+  p.x12 = pointer<const void>(a, "x12");
+  p.h = pointer<void>(a, "h");
+  p.rows = keyword<int64_t>(a, "rows");
+  p.hidden = keyword<int64_t>(a, "hidden");
+  p.x12_row_stride = keyword<int64_t>(a, "x12_row_stride");
+  p.h_row_stride = keyword<int64_t>(a, "h_row_stride");
+  require_matrix(op, "h", p.h, p.rows, p.hidden, p.h_row_stride, true);
+  check_and_run(op, p, true, 0, a);
 }
 
-void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, int64_t rows, int64_t hidden,
-                     int64_t dh_row_stride, int64_t x12_row_stride, int64_t dx12_row_stride,
-                     const std::string& dtype, int device, uintptr_t stream) {
+void swiglu_backward(const py::kwargs& a) {
   constexpr const char* op = "swiglu_backward_cuda";
-  const Params p{reinterpret_cast<const void*>(dh),
-                 reinterpret_cast<const void*>(x12),
-                 reinterpret_cast<void*>(dx12),
-                 rows,
-                 hidden,
-                 dh_row_stride,
-                 x12_row_stride,
-                 dx12_row_stride};
-  require_matrix(op, "dh", p.dh, rows, hidden, dh_row_stride, false);
-  require_matrix(op, "x12", p.x12, rows, 2 * hidden, x12_row_stride, false);
-  require_matrix(op, "dx12", p.out, rows, 2 * hidden, dx12_row_stride, true);
-  check_and_run(op, p, false, dtype, device, stream);
+  const Params p{pointer<const void>(a, "dh"),
+                 pointer<const void>(a, "x12"),
+                 pointer<void>(a, "dx12"),
+                 pointer<void>(a, "h"),
+                 pointer<float>(a, "partials"),
+                 keyword<int64_t>(a, "rows"),
+                 keyword<int64_t>(a, "hidden"),
+                 keyword<int64_t>(a, "dh_row_stride"),
+                 keyword<int64_t>(a, "x12_row_stride"),
+                 keyword<int64_t>(a, "dx12_row_stride"),
+                 keyword<int64_t>(a, "h_row_stride")};
+  require_matrix(op, "dh", p.dh, p.rows, p.hidden, p.dh_row_stride, false);
+  require_matrix(op, "dx12", p.dx12, p.rows, 2 * p.hidden, p.dx12_row_stride, true);
+  if (p.h != nullptr)
+    require_matrix(op, "h", p.h, p.rows, p.hidden, p.h_row_stride, true);
+  check_and_run(op, p, false, keyword<int64_t>(a, "num_partials"), a);
 }
 
 } // namespace
@@ -189,14 +170,8 @@ void swiglu_backward(uintptr_t dh, uintptr_t x12, uintptr_t dx12, int64_t rows, 
 void bind_swiglu_cuda(py::module_& m) {
   using namespace dinov2_fast;
   m.def("swiglu_forward_cuda", &swiglu_forward,
-        "x12 [R, 2F] -> h [R, F]; pointers, sizes and row strides in elements.", py::arg("x12"),
-        py::arg("h"), py::arg("rows"), py::arg("hidden"), py::arg("x12_row_stride"),
-        py::arg("h_row_stride"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>());
+        "x12 [R, 2F] -> h [R, F]; pointers, sizes and row strides in elements.");
   m.def("swiglu_backward_cuda", &swiglu_backward,
-        "dh [R, F], x12 [R, 2F] -> dx12 [R, 2F]; pointers, sizes and row strides in elements.",
-        py::arg("dh"), py::arg("x12"), py::arg("dx12"), py::arg("rows"), py::arg("hidden"),
-        py::arg("dh_row_stride"), py::arg("x12_row_stride"), py::arg("dx12_row_stride"),
-        py::arg("dtype"), py::arg("device"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>());
+        "dh [R, F], x12 [R, 2F] -> dx12 [R, 2F], which may be x12; if not 0, h [R, F], which may "
+        "be dh, and partials [num_partials, 2F], the sums of dx12 over rows.");
 }

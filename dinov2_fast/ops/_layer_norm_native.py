@@ -1,14 +1,34 @@
-"""The layer norm's kernels on the CPU."""
+"""The layer norm's native kernels: those of the CPU, or those of `_layer_norm_cuda`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._native_cpu import BLOCK_ROWS, dtype_name, new_partials, run_cpu
+from dinov2_fast.ops._layer_norm_cuda import MAX_CHANNELS, backward_cuda, forward_cuda
+from dinov2_fast.ops._native_cpu import (
+    BLOCK_ROWS,
+    dtype_name,
+    new_partials,
+    on_cuda,
+    refuse_pair,
+    run_cpu,
+)
 
 
-def forward_cpu(
+def native_layer_norm_refusals(
+    stream: Tensor, branch: torch.dtype, *others: Tensor
+) -> dict[str, str]:
+    """Why the native kernels take no such stream [T, C] and type of its branch's tensors."""
+    if on_cuda(stream) and stream.shape[-1] > MAX_CHANNELS:
+        why = f"it takes at most {MAX_CHANNELS} channels, got {stream.shape[-1]}"
+        return {"native": why}
+    if on_cuda(stream) and any(other.dtype != branch for other in others):
+        return {"native": f"all tensors of a branch must be {branch}"}
+    return refuse_pair(stream, branch)
+
+
+def forward_native(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -19,6 +39,8 @@ def forward_cpu(
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Forward: y [R, C] in out_dtype, rstd [R], and the mean [R] if wanted."""
+    if on_cuda(x):
+        return forward_cuda(x, weight, bias, eps, rows, out_dtype, want_mean=want_mean)
     num_rows, channels = (x if rows is None else rows).shape[0], x.shape[1]
     y = x.new_empty((num_rows, channels), dtype=out_dtype)
     rstd = x.new_empty(num_rows, dtype=torch.float32)
@@ -45,7 +67,7 @@ def forward_cpu(
     return y, rstd, mean
 
 
-def backward_of_output_cpu(
+def backward_of_output_native(
     dx: Tensor,
     dy: Tensor,
     source: Tensor,
@@ -57,6 +79,9 @@ def backward_of_output_cpu(
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds to dx; `source` is the output, or the normalised input."""
+    if on_cuda(dx):
+        shift = None if normalised else bias
+        return backward_cuda(dx, dy, source, None, rstd, weight, shift, None, rows, add=True)
     wide = weight.float()
     shift, inverse = bias.float(), 1 / wide
     if normalised:
@@ -64,11 +89,14 @@ def backward_of_output_cpu(
     return _backward_cpu(dx, dy, source, shift, inverse, None, rstd, weight, None, rows, add=True)
 
 
-def backward_of_input_cpu(
+def backward_of_input_native(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the selected rows [R, C], of weight and of bias."""
     dx = dy.new_empty(dy.shape, dtype=x.dtype)
+    if on_cuda(x):
+        sums = backward_cuda(dx, dy, x, mean, rstd, weight, None, rows, None, add=False)
+        return dx, *sums
     wide = weight.float()
     shift, inverse = torch.zeros_like(wide), torch.ones_like(wide)
     dweight, dbias = _backward_cpu(

@@ -15,6 +15,8 @@ from dinov2_fast import environment, native
 BLOCK_ROWS = 64
 
 FLOATS = (torch.float32, torch.bfloat16)
+# What `declare` wants for a function that serves both devices.
+NATIVE_DEVICES = (("native", "cpu"), ("native", "cuda"))
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*FLOATS, torch.float16)}
 
 Argument: TypeAlias = Tensor | float | str | tuple[int, ...] | None
@@ -45,15 +47,19 @@ def refusals(
     matrices: Mapping[str, Tensor | None],
     vectors: Mapping[str, Tensor | None],
     *,
-    floats: tuple[torch.dtype, ...] = FLOATS,
+    floats: tuple[torch.dtype, ...] | None = None,
 ) -> dict[str, str]:
     """Why kernels cannot take these tensors, as `choose_backend` wants it; empty if they can.
 
     Args:
         matrices: name -> float tensor whose rows may be strided, its columns not.
         vectors: name -> tensor that must be contiguous.
-        floats: types that the matrices may have.
+        floats: types that the matrices may have; None is those of most kernels on their device.
     """
+    given = [tensor for tensor in matrices.values() if tensor is not None]
+    if floats is None and given:
+        floats = native_floats(given[0])
+    floats = floats or FLOATS
     for name, tensor in matrices.items():
         if tensor is None:
             continue
@@ -66,6 +72,24 @@ def refusals(
     for name, tensor in vectors.items():
         if tensor is not None and not tensor.is_contiguous():
             return {"native": f"{name} must be contiguous, got stride {tensor.stride(0)}"}
+    return {}
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether native kernels compute on a tensor as on a GPU."""
+    return native.kernels_for(tensor.device.type) == "cuda"
+
+
+def native_floats(tensor: Tensor) -> tuple[torch.dtype, ...]:
+    """Float types that most native kernels take on a tensor's device."""
+    return (*FLOATS, torch.float16) if on_cuda(tensor) else FLOATS
+
+
+def refuse_pair(stream: Tensor, branch: torch.dtype) -> dict[str, str]:
+    """Why CUDA kernels take no such types of a residual stream and its branch; empty if they do."""
+    if on_cuda(stream) and stream.dtype not in (torch.float32, branch):
+        why = f"a stream of {stream.dtype} needs a branch of the same type, got {branch}"
+        return {"native": why}
     return {}
 
 

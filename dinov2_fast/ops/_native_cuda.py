@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import native
-from dinov2_fast.ops._native_cpu import FLOATS, Argument, refusals
+from dinov2_fast.ops._native_cpu import Argument
 
-CUDA_FLOATS = (*FLOATS, torch.float16)
+# A CTA of the kernels that sum over rows, and how many CTAs fill the largest GPUs.
+_TILE_ROWS, _TILE_COLUMNS, _TILE_CTAS = 8, 256, 2048
 
 
 def run_cuda(name: str, *, reached: Iterable[Tensor] = (), **arguments: Argument) -> None:
@@ -38,13 +39,17 @@ def call(
     getattr(native.module(), name)(**plain, device=device.index, stream=stream)
 
 
-def cuda_refusals(
-    matrices: Mapping[str, Tensor | None], vectors: Mapping[str, Tensor | None]
-) -> dict[str, str]:
-    """Why the CUDA kernels cannot take these tensors, as `choose_backend` wants it.
+def row_blocks(num_rows: int, width: int) -> int:
+    """Rows of partial sums of a matrix: CTAs along its rows.
 
-    Args:
-        matrices: name -> float tensor whose rows may be strided, its columns not.
-        vectors: name -> tensor that must be contiguous.
+    It depends on the matrix alone, so that the order of every sum is the same on every GPU.
     """
-    return refusals(matrices, vectors, floats=CUDA_FLOATS)
+    across = -(-width // _TILE_COLUMNS)
+    return min(-(-num_rows // _TILE_ROWS), -(-_TILE_CTAS // max(across, 1)))
+
+
+def new_cuda_partials(like: Tensor, num_rows: int, width: int) -> Tensor:
+    """Scratch for sums over rows, [row_blocks, width] float32; zeros if there is nothing to sum."""
+    if num_rows == 0 or width == 0:
+        return like.new_zeros((1, width), dtype=torch.float32)
+    return like.new_empty((row_blocks(num_rows, width), width), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The kernels of stochastic depth on the CPU, and the ops that torch knows all kernels as."""
+"""The native kernels of stochastic depth, and the ops that torch knows all kernels as."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor
 from dinov2_fast.ops._declare import Kernel, declare
 from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
+    NATIVE_DEVICES,
     adjacent_columns,
     dtype_name,
     new_partials,
+    on_cuda,
     run_cpu,
 )
+from dinov2_fast.ops._stochastic_depth_cuda import gather_cuda, scatter_cuda_
 from dinov2_fast.ops._stochastic_depth_triton import gather_triton, scatter_triton_
 from dinov2_fast.ops._triton import TRITON_DEVICES
 
 
-def scatter_cpu_(
+def scatter_native_(
     x: Tensor,
     residual: Tensor,
     rows: Tensor | None,
@@ -30,6 +33,9 @@ def scatter_cpu_(
 ) -> None:
     """x[rows] += residual * row_scale * gamma; `op` is named if a row is out of range."""
     if x.shape[1] == 0:
+        return
+    if on_cuda(x):
+        scatter_cuda_(x, residual, rows, row_scale, gamma)
         return
     run_cpu(
         "stochastic_depth_forward_cpu",
@@ -49,7 +55,7 @@ def scatter_cpu_(
     )
 
 
-def gather_cpu(
+def gather_native(
     dx: Tensor,
     rows: Tensor | None,
     row_scale: Tensor | None,
@@ -74,6 +80,8 @@ def gather_cpu(
     Returns:
         g [R, C], and the sums in float32 if wanted.
     """
+    if on_cuda(dx):
+        return gather_cuda(dx, rows, row_scale, gamma, residual, out_dtype, want_sums=want_sums)
     num_rows, channels = (dx if rows is None else rows).shape[0], dx.shape[1]
     g = dx.new_empty((num_rows, channels), dtype=out_dtype)
     sums = dx.new_empty(channels, dtype=torch.float32) if want_sums else None
@@ -198,7 +206,7 @@ _scatter_backward = declare(
     "scatter_add_scaled_backward(Tensor grad, Tensor residual, Tensor rows, Tensor row_scale, "
     "Tensor? gamma, str backend) -> (Tensor, Tensor)",
     kernels={
-        ("native", "cpu"): _scatter_backward_by(gather_cpu),
+        **dict.fromkeys(NATIVE_DEVICES, _scatter_backward_by(gather_native)),
         **dict.fromkeys(TRITON_DEVICES, _scatter_backward_by(gather_triton)),
     },
     fake=_scatter_backward_fake,
@@ -207,7 +215,7 @@ scatter_op = declare(
     "scatter_add_scaled(Tensor x, Tensor residual, Tensor rows, Tensor row_scale, Tensor? gamma, "
     "str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _scatter_by(scatter_cpu_),
+        **dict.fromkeys(NATIVE_DEVICES, _scatter_by(scatter_native_)),
         **dict.fromkeys(TRITON_DEVICES, _scatter_by(scatter_triton_)),
     },
     fake=_scatter_fake,
@@ -217,7 +225,7 @@ scatter_op = declare(
 gather_op = declare(
     "gather_rows(Tensor x, Tensor rows, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _gather_by(gather_cpu),
+        **dict.fromkeys(NATIVE_DEVICES, _gather_by(gather_native)),
         **dict.fromkeys(TRITON_DEVICES, _gather_by(gather_triton)),
     },
     fake=_gather_fake,

@@ -37,7 +37,7 @@ def gather_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows g = dx[rows] * row_scale * gamma, and the sums [C] of dx[rows] * row_scale * residual.
 
-    Arguments and results are those of `gather_cpu`.
+    Arguments and results are those of `gather_native`.
     """
     from dinov2_fast.kernels import stochastic_depth as kernels
 

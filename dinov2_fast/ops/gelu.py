@@ -16,9 +16,11 @@ from dinov2_fast.ops._native_cpu import (
     adjacent_columns,
     dtype_name,
     new_partials,
+    on_cuda,
     refusals,
     run_cpu,
 )
+from dinov2_fast.ops._native_cuda import new_cuda_partials, run_cuda
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
@@ -81,13 +83,17 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
     chosen = choose_backend("gelu", x, backend, refusals=refused)
     if chosen == "reference":
         return gelu_backward_reference_(da, x)
-    sums = _launch_triton_(da, x) if chosen == "triton" else _launch_cpu_(da, x)
+    sums = _launch_triton_(da, x) if chosen == "triton" else _launch_native_(da, x)
     torch.autograd.graph.increment_version((da, x))
     return sums
 
 
-def _launch_cpu_(da: Tensor, x: Tensor) -> Tensor:
-    """The backward in place on the CPU; the column sums."""
+def _launch_native_(da: Tensor, x: Tensor) -> Tensor:
+    """The backward in place by native kernels; the column sums."""
+    if on_cuda(x):
+        partials = new_cuda_partials(x, *x.shape)
+        _launch_backward_cuda(da, x, dx=x, activation=da, partials=partials)
+        return partials.sum(0)
     partials = new_partials(x, *x.shape)
     _launch_backward(da, x, dx=x, activation=da, partials=partials)
     return partials.sum(0)
@@ -123,6 +129,29 @@ def _backward_native_cpu(da: Tensor, x: Tensor) -> Tensor:
     """Native backward on the CPU into a new tensor."""
     dx = x.new_empty(x.shape)
     _launch_backward(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
+    return dx
+
+
+def _forward_native_cuda(x: Tensor) -> Tensor:
+    """Native forward on the current stream of x's GPU."""
+    a = x.new_empty(x.shape)
+    run_cuda(
+        "gelu_forward_cuda",
+        x=x,
+        a=a,
+        rows=x.shape[0],
+        width=x.shape[1],
+        x_row_stride=x.stride(0),
+        a_row_stride=a.stride(0),
+        dtype=dtype_name(x),
+    )
+    return a
+
+
+def _backward_native_cuda(da: Tensor, x: Tensor) -> Tensor:
+    """Native backward on x's GPU into a new tensor."""
+    dx = x.new_empty(x.shape)
+    _launch_backward_cuda(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
     return dx
 
 
@@ -169,6 +198,28 @@ def _launch_backward(
     )
 
 
+def _launch_backward_cuda(
+    da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None, partials: Tensor | None
+) -> None:
+    """Write dx and, if wanted, gelu(x) and partial column sums of dx."""
+    run_cuda(
+        "gelu_backward_cuda",
+        da=da,
+        x=x,
+        dx=dx,
+        a=activation,
+        partials=partials,
+        num_partials=0 if partials is None else partials.shape[0],
+        rows=x.shape[0],
+        width=x.shape[1],
+        da_row_stride=da.stride(0),
+        x_row_stride=x.stride(0),
+        dx_row_stride=dx.stride(0),
+        a_row_stride=0 if activation is None else activation.stride(0),
+        dtype=dtype_name(x),
+    )
+
+
 def _forward_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -193,6 +244,7 @@ _backward = declare(
     "gelu_backward(Tensor da, Tensor x, str backend) -> Tensor",
     kernels={
         ("native", "cpu"): _backward_native_cpu,
+        ("native", "cuda"): _backward_native_cuda,
         **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
@@ -201,6 +253,7 @@ _forward = declare(
     "gelu(Tensor x, str backend) -> Tensor",
     kernels={
         ("native", "cpu"): _forward_native_cpu,
+        ("native", "cuda"): _forward_native_cuda,
         **dict.fromkeys(TRITON_DEVICES, _forward_triton),
     },
     fake=_forward_fake,

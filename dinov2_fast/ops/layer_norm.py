@@ -19,9 +19,10 @@ from dinov2_fast.ops._checks import (
 )
 from dinov2_fast.ops._declare import Kernel, declare
 from dinov2_fast.ops._layer_norm_native import (
-    backward_of_input_cpu,
-    backward_of_output_cpu,
-    forward_cpu,
+    backward_of_input_native,
+    backward_of_output_native,
+    forward_native,
+    native_layer_norm_refusals,
 )
 from dinov2_fast.ops._layer_norm_triton import (
     backward_of_input_triton,
@@ -29,7 +30,13 @@ from dinov2_fast.ops._layer_norm_triton import (
     forward_triton,
     triton_layer_norm_refusals,
 )
-from dinov2_fast.ops._native_cpu import adjacent_columns, refusals, refuse_overlap
+from dinov2_fast.ops._native_cpu import (
+    NATIVE_DEVICES,
+    adjacent_columns,
+    native_floats,
+    refusals,
+    refuse_overlap,
+)
 from dinov2_fast.ops._triton import TRITON_DEVICES, for_triton
 
 
@@ -166,15 +173,16 @@ def layer_norm_forward(
     """
     _check(x, weight, bias, eps, rows)
     refused = _refusals(x, weight, bias, rows)
-    if out_dtype not in (None, torch.float32, torch.bfloat16):
-        refused |= {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
+    refused |= native_layer_norm_refusals(x, out_dtype or x.dtype)
+    if out_dtype not in (None, *native_floats(x)):
+        refused |= {"native": f"out_dtype must be one of {native_floats(x)}, got {out_dtype}"}
     chosen = choose_backend("layer_norm", x, backend, refusals=refused)
     if chosen == "reference":
         check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_forward_reference(
             x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype
         )
-    run = forward_triton if chosen == "triton" else forward_cpu
+    run = forward_triton if chosen == "triton" else forward_native
     y, rstd, _ = run(x, weight, bias, eps, rows, out_dtype or x.dtype, want_mean=False)
     return y, rstd
 
@@ -223,6 +231,7 @@ def layer_norm_backward_(
     refused = (
         refusals(matrices, {**vectors, "rows": rows})
         | refusals(vectors, {})
+        | native_layer_norm_refusals(dx, dy.dtype, source)
         | overlap
         | triton_layer_norm_refusals(matrices, vectors, rows)
         | for_triton(overlap)
@@ -233,7 +242,7 @@ def layer_norm_backward_(
         return layer_norm_backward_reference_(
             dx, dy, y, rstd, weight, bias, rows=rows, normalised=normalised
         )
-    run = backward_of_output_triton if chosen == "triton" else backward_of_output_cpu
+    run = backward_of_output_triton if chosen == "triton" else backward_of_output_native
     return run(dx, dy, source, rstd, weight, bias, rows, normalised=normalised is not None)
 
 
@@ -307,8 +316,10 @@ def _check_backward(
 def _refusals(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> dict[str, str]:
     """Why the kernels cannot take the arguments of a forward, or nothing."""
     vectors = {"weight": weight, "bias": bias}
-    return refusals({"x": x}, {**vectors, "rows": rows}) | triton_layer_norm_refusals(
-        {"x": x}, vectors, rows
+    return (
+        refusals({"x": x}, {**vectors, "rows": rows})
+        | native_layer_norm_refusals(x, x.dtype)
+        | triton_layer_norm_refusals({"x": x}, vectors, rows)
     )
 
 
@@ -371,7 +382,7 @@ _backward = declare(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
     "Tensor? rows, str backend) -> (Tensor, Tensor, Tensor)",
     kernels={
-        ("native", "cpu"): _backward_by(backward_of_input_cpu),
+        **dict.fromkeys(NATIVE_DEVICES, _backward_by(backward_of_input_native)),
         **dict.fromkeys(TRITON_DEVICES, _backward_by(backward_of_input_triton)),
     },
     fake=_backward_fake,
@@ -380,7 +391,7 @@ _forward = declare(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? rows, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     kernels={
-        ("native", "cpu"): _forward_by(forward_cpu),
+        **dict.fromkeys(NATIVE_DEVICES, _forward_by(forward_native)),
         **dict.fromkeys(TRITON_DEVICES, _forward_by(forward_triton)),
     },
     fake=_forward_fake,

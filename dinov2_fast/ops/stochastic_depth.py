@@ -19,8 +19,13 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops._native_cpu import refusals, refuse_overlap
-from dinov2_fast.ops._stochastic_depth_native import gather_cpu, gather_op, scatter_cpu_, scatter_op
+from dinov2_fast.ops._native_cpu import native_floats, refusals, refuse_overlap, refuse_pair
+from dinov2_fast.ops._stochastic_depth_native import (
+    gather_native,
+    gather_op,
+    scatter_native_,
+    scatter_op,
+)
 from dinov2_fast.ops._stochastic_depth_triton import gather_triton, scatter_triton_
 from dinov2_fast.ops._triton import for_triton, triton_refusals
 from dinov2_fast.packing import Pack
@@ -243,7 +248,7 @@ def scatter_add_scaled_(
         check_row_range("scatter_add_scaled_", "rows", rows, x.shape[0])
         scatter_add_scaled_reference_(x, residual, rows, row_scale, gamma)
     else:
-        run_ = scatter_triton_ if chosen == "triton" else scatter_cpu_
+        run_ = scatter_triton_ if chosen == "triton" else scatter_native_
         run_(x, residual, rows, row_scale, gamma, op="scatter_add_scaled_")
 
 
@@ -284,13 +289,14 @@ def gather_scaled(
         | triton_refusals({"dx": dx}, vectors)
         | _scale_refusal(row_scale)
     )
-    if out_dtype not in (None, torch.float32, torch.bfloat16):
-        refused |= {"native": f"out_dtype must be float32 or bfloat16, got {out_dtype}"}
+    refused |= refuse_pair(dx, out_dtype or dx.dtype)
+    if out_dtype not in (None, *native_floats(dx)):
+        refused |= {"native": f"out_dtype must be one of {native_floats(dx)}, got {out_dtype}"}
     chosen = choose_backend("stochastic_depth", dx, backend, refusals=refused)
     if chosen == "reference":
         check_row_range(op, "rows", rows, dx.shape[0])
         return gather_scaled_reference(dx, rows, row_scale, out_dtype=out_dtype)
-    run = gather_triton if chosen == "triton" else gather_cpu
+    run = gather_triton if chosen == "triton" else gather_native
     g, sums = run(dx, rows, row_scale, None, None, out_dtype or dx.dtype, want_sums=True, op=op)
     assert sums is not None
     return g, sums
@@ -329,6 +335,7 @@ def _scatter_refusals(
     return (
         refusals({"x": x, "residual": residual}, vectors)
         | refusals({"gamma": gamma}, {})
+        | refuse_pair(x, residual.dtype)
         | triton_refusals({"x": x, "residual": residual, "gamma": gamma}, vectors)
         | _scale_refusal(row_scale)
     )

@@ -13,14 +13,14 @@ from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tens
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
-    FLOATS,
     adjacent_columns,
     dtype_name,
     new_partials,
+    on_cuda,
     refusals,
     run_cpu,
 )
-from dinov2_fast.ops._native_cuda import run_cuda
+from dinov2_fast.ops._native_cuda import new_cuda_partials, run_cuda
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
@@ -57,7 +57,7 @@ def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
     """
     _check(x12)
     # Kernels for float16 exist on the GPU; the table of backends knows where.
-    refused = refusals({"x12": x12}, {}, floats=(*FLOATS, torch.float16))
+    refused = refusals({"x12": x12}, {})
     refused |= triton_refusals({"x12": x12}, {})
     chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
@@ -89,18 +89,20 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
         )
     matrices = {"x12": x12, "dh": dh}
     refused = refusals(matrices, {}) | triton_refusals(matrices, {})
-    if x12.device.type != "cpu":
-        refused |= {"native": "its in-place backward runs on the CPU alone"}
     chosen = choose_backend("swiglu", x12, backend, refusals=refused)
     if chosen == "reference":
         return swiglu_backward_reference_(dh, x12)
-    sums = _launch_triton_(dh, x12) if chosen == "triton" else _launch_cpu_(dh, x12)
+    sums = _launch_triton_(dh, x12) if chosen == "triton" else _launch_native_(dh, x12)
     torch.autograd.graph.increment_version((dh, x12))
     return sums
 
 
-def _launch_cpu_(dh: Tensor, x12: Tensor) -> Tensor:
-    """The backward in place on the CPU; the column sums."""
+def _launch_native_(dh: Tensor, x12: Tensor) -> Tensor:
+    """The backward in place by native kernels; the column sums."""
+    if on_cuda(x12):
+        partials = new_cuda_partials(x12, *x12.shape)
+        _launch_backward_cuda(dh, x12, dx12=x12, h=dh, partials=partials)
+        return partials.sum(0)
     partials = new_partials(x12, *x12.shape)
     _launch_backward_cpu(dh, x12, dx12=x12, h=dh, partials=partials)
     return partials.sum(0)
@@ -188,21 +190,32 @@ def _launch_backward_cpu(
 
 
 def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
-    """Native backward on the current stream of x12's GPU."""
+    """Native backward on x12's GPU into a new tensor."""
     dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
+    _launch_backward_cuda(dh, x12, dx12=dx12, h=None, partials=None)
+    return dx12
+
+
+def _launch_backward_cuda(
+    dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None, partials: Tensor | None
+) -> None:
+    """Write dx12 and, if wanted, h and partial column sums of dx12."""
     run_cuda(
         "swiglu_backward_cuda",
         dh=dh,
         x12=x12,
         dx12=dx12,
+        h=h,
+        partials=partials,
+        num_partials=0 if partials is None else partials.shape[0],
         rows=x12.shape[0],
         hidden=x12.shape[1] // 2,
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
+        h_row_stride=0 if h is None else h.stride(0),
         dtype=dtype_name(x12),
     )
-    return dx12
 
 
 def _forward_triton(x12: Tensor) -> Tensor:

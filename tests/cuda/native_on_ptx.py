@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 @contextlib.contextmanager
-def native_on_ptx(arch: int = 80, **launch_options: Any) -> Iterator[list[simt.Result]]:
+def native_on_ptx(
+    arch: int = 80, *, edit: Callable[[str], str] | None = None, **launch_options: Any
+) -> Iterator[list[simt.Result]]:
     """Compute native ops on tensors of the CPU with the CUDA kernels.
 
     Args:
         arch: 80 or 90.
+        edit: changes the PTX before it is executed.
         launch_options: of simt.launch: checks, schedule, profile.
     Yields:
         The results of all launches so far, in order.
@@ -61,6 +64,7 @@ def native_on_ptx(arch: int = 80, **launch_options: Any) -> Iterator[list[simt.R
             device.adopt(storage, label)
         for kernel, grid, block, shared_bytes, params in launches:
             ptx, entry = entry_of(name, kernel, arch)
+            ptx = ptx if edit is None else edit(ptx)
             result = simt.launch(
                 ptx, entry, grid, block, [params], shared_bytes, device=device, **launch_options
             )
@@ -126,7 +130,7 @@ def signature(mangled: str) -> str:
     plain = demangle(mangled.encode(), None, None, ctypes.byref(status)).decode()
     for noise in ("dinov2_fast::", "(anonymous namespace)::", "KernelName<&(", "void "):
         plain = plain.replace(noise, "")
-    return plain.split("(Params", 1)[0]
+    return plain[: plain.rindex("(")]
 
 
 RESULTS: list[simt.Result] = []

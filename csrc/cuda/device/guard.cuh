@@ -5,6 +5,9 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
+
 namespace dinov2_fast {
 
 class DeviceGuard {
@@ -32,5 +35,13 @@ private:
   bool changed_ = false;
   cudaError_t status_ = cudaSuccess;
 };
+
+// Launches on a device; what CUDA says against it becomes Python's RuntimeError.
+template <typename Launch> void run_on(const char* op, int device, const Launch& launch) {
+  const DeviceGuard guard(device);
+  const cudaError_t status = guard.status() == cudaSuccess ? launch() : guard.status();
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
 
 } // namespace dinov2_fast

@@ -1,0 +1,75 @@
+"""What nvcc says of the CUDA kernels: registers, spills and the width of their accesses."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.simt.compile import extension_folders
+
+ROOT = Path(__file__).parents[2]
+# Kernels of a file. Types of one op: 3; of stream and branch: 5; each in vectors and in elements.
+KERNELS = {
+    "gelu": 2 * 3 * 2,
+    "layer_norm": 2 * 5 * 2,
+    "stochastic_depth": 2 * 5 * 2,
+    "swiglu": 2 * 3 * 2,
+}
+# 65536 registers of an SM / (2048 resident threads / 2): half occupancy hides the memory's latency.
+MAX_REGISTERS = 64
+
+pytest.importorskip("pybind11")
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (stem, arch), marks=[] if arch == "sm_80" else [pytest.mark.slow], id=f"{stem}-{arch}"
+        )
+        for stem in KERNELS
+        for arch in ("sm_80", "sm_90")
+    ],
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A file's stem, what ptxas says about its kernels, and their PTX."""
+    stem, arch = request.param
+    folder = tmp_path_factory.mktemp(arch)
+    command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+    command += ["-Xptxas=-v,--warn-on-spills", "--keep", f"--keep-dir={folder}"]
+    command += [f"-I{include}" for include in extension_folders(ROOT)]
+    command += [f"--output-file={folder / 'kernels.cubin'}", str(ROOT / f"csrc/cuda/{stem}.cu")]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return stem, done.stdout, (folder / f"{stem}.ptx").read_text()
+
+
+def test_kernels_fit_in_registers_without_spills(compiled: tuple[str, str, str]):
+    stem, said, _ = compiled
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
+    assert spills == [("0", "0", "0")] * KERNELS[stem]
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+    assert len(registers) == KERNELS[stem]
+    assert max(registers) <= MAX_REGISTERS
+
+
+def test_rows_of_whole_vectors_are_moved_in_vectors(compiled: tuple[str, str, str]):
+    stem, _, ptx = compiled
+    kernels = re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, flags=re.DOTALL)
+    assert len(kernels) == KERNELS[stem]
+    for name, body in kernels:
+        vectors = re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.v[24]\.\w+", body)
+        halves = re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16", body)
+        assert not re.search(r"\b(?:atom|red)\.", body), name  # sums have a fixed order
+        if "Li1E" in name:  # the template argument kVector: one element at a time
+            assert not vectors, name
+        else:
+            assert vectors, name
+            assert not halves, name
