@@ -87,8 +87,8 @@ def native_floats(tensor: Tensor) -> tuple[torch.dtype, ...]:
 
 def refuse_pair(stream: Tensor, branch: torch.dtype) -> dict[str, str]:
     """Why CUDA kernels take no such types of a residual stream and its branch; empty if they do."""
-    if on_cuda(stream) and stream.dtype not in (torch.float32, branch):
-        why = f"a stream of {stream.dtype} needs a branch of the same type, got {branch}"
+    if on_cuda(stream) and torch.float32 not in (stream.dtype, branch) and stream.dtype != branch:
+        why = f"a stream of {stream.dtype} takes a branch of that type or float32, got {branch}"
         return {"native": why}
     return {}
 

@@ -34,6 +34,8 @@ TYPES = [
     (torch.float32, torch.float16),
     (torch.float16, torch.float16),
     (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
 ]
 STREAM_WIDTHS = (384, 768, 1024, 1536)  # ViT-S, B, L, g
 HIDDEN_WIDTHS = (1536, 3072, 4096, 8192)  # ViT-S, B and g; the largest that is promised

@@ -27,12 +27,14 @@ cudaError_t with_type(const char* op, const std::string& dtype, const Body& body
 }
 
 // body(Type<Stream>, Type<Branch>) for a residual stream and what a branch computes in: the same
-// type, or a float32 stream.
+// type, or float32 on one side.
 template <typename Body>
 cudaError_t with_stream_and_branch(const char* op, const std::string& stream,
                                    const std::string& branch, const Body& body) {
   if (stream == branch)
     return with_type(op, stream, [&](auto type) { return body(type, type); });
+  if (branch == "float32")
+    return with_type(op, stream, [&](auto type) { return body(type, Type<float>()); });
   if (stream != "float32")
     refuse(op, "expected one type, or float32 beside another, got " + stream + " and " + branch);
   return with_type(op, branch, [&](auto type) { return body(Type<float>(), type); });
