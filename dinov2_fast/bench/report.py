@@ -34,7 +34,7 @@ backward pass. *Fewer operations* is how much less arithmetic the package's step
 goes beyond it comes from kernels and memory. *Of the machine* is the share of the speed of a
 large matrix product, the faster of fp32 and the row's type, measured in the same run. On a GPU
 the package's step computes most ops with their PyTorch references until its kernels have been
-measured there; `DINOV2_FAST_PREFER=triton` takes them. Labels of pictures give the prototypes in
+measured there; `DINOV2_FAST_PREFER=native` (or `triton`) takes them. Pictures give prototypes in
 units of 1024.
 """
 
