@@ -66,7 +66,7 @@ __device__ float warp_sum(float x) {
 
 // One warp a row. A lane keeps its part of the row in shared memory, which nobody else touches.
 template <typename X, typename Y, int kVector>
-__global__ void __launch_bounds__(kLanes* kForwardRows)
+__global__ void __launch_bounds__(kLanes* kForwardRows, ctas_at_half(kLanes* kForwardRows))
     layer_norm_forward_kernel(const ForwardParams p) {
   extern __shared__ float4 shared[];
   float* kept = reinterpret_cast<float*>(shared) + threadIdx.y * p.channels;
@@ -149,7 +149,7 @@ __device__ void normalised(const BackwardParams& p, const Y* source, int c, floa
 // One CTA a row at a time. A thread keeps its part of the row and its sums over rows in shared
 // memory, which nobody else touches.
 template <typename X, typename Y, int kVector>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, ctas_at_half(kBackwardThreads))
     layer_norm_backward_kernel(const BackwardParams p) {
   extern __shared__ float4 shared[];
   __shared__ float2 of_warps[2][kBackwardWarps];

@@ -56,7 +56,7 @@ __device__ void load_gamma(const float* gamma, int64_t channels, float (&part)[k
 }
 
 template <typename X, typename Y, int kVector>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, ctas_at_half(kTileThreads))
     stochastic_depth_scatter_kernel(const ScatterParams p) {
   const int64_t column = tile_column<kVector>();
   alignas(16) float gamma[kVector];
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kTileThreads)
 }
 
 template <typename X, typename Y, int kVector>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, ctas_at_half(kTileThreads))
     stochastic_depth_gather_kernel(const GatherParams p) {
   const int64_t column = tile_column<kVector>();
   alignas(16) float gamma[kVector];

@@ -13,6 +13,10 @@ namespace dinov2_fast {
 
 constexpr size_t kSharedBytesWithoutOptIn = 48 * 1024;
 
+// What an SM can hold of CTAs of so many threads at half of its threads, which hides the memory's
+// latency and leaves 64 registers a thread. Left to itself ptxas for sm_90 spills to fit more.
+constexpr int ctas_at_half(int threads) { return 1024 / threads; }
+
 // Its type's name, unlike the address of a kernel, says the same on host and device.
 template <auto kernel> struct KernelName {};
 
