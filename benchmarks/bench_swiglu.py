@@ -61,8 +61,6 @@ def test_swiglu_backward_in_place(
     benchmark: Any, backend: str, device: str, shape: tuple[int, int], dtype: torch.dtype
 ):
     """Gradient, activation and the sums for the bias, as a feed-forward branch takes them."""
-    if device == "cuda" and backend == "native":
-        pytest.skip("swiglu: the native in-place backward runs on the CPU alone")
     skip_unless_available("swiglu", backend, device)
     rows, width = shape
     generator = torch.Generator().manual_seed(0)

@@ -57,7 +57,7 @@ class FastBlock(nn.Module):
     @staticmethod
     def halves(block: nn.Module) -> tuple[HalfBlock, HalfBlock]:
         """The attention half and the feed-forward half of a block, in the order they run."""
-        raise NotImplementedError
+        raise NotImplementedError("a subclass, one for each library, describes its halves")
 
     def _run(
         self, halves: tuple[HalfBlock, ...], paths: Sequence[Path], x: Tensor, pack: Pack
