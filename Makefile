@@ -1,8 +1,10 @@
 # Each target does its own set-up: a virtual environment in .venv, made once and refreshed when the
-# metadata or the extension's sources change. Tests marked slow run with `make nightly`.
+# metadata or the extension's sources change. Tests marked slow run with `make nightly`. JOBS is how
+# many processes share the tests: most of them use one core.
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= -m "not slow"
+JOBS ?= 2
 OUT ?= demo-out
 
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt dinov2_fast/__init__.py \
@@ -32,7 +34,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p no:benchmark $(TESTS)
 
 nightly: TESTS =
 nightly: test bench
