@@ -1,16 +1,14 @@
 // GELU on CUDA: a = x Phi(x) and its gradient, which can go in place.
 #include "check.hpp"
-#include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/run.cuh"
 #include "cuda/device/tiles.cuh"
-#include "cuda/device/types.cuh"
 #include "cuda/device/vector.cuh"
 #include "keywords.hpp"
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
 
 namespace py = pybind11;
 
@@ -80,43 +78,6 @@ __global__ void __launch_bounds__(kTileThreads) gelu_backward_kernel(const Param
     store_column_sums(sums, p.partials + blockIdx.y * p.width, p.width);
 }
 
-template <typename T, int kVector>
-cudaError_t launch_width(const Params& p, bool forward, int64_t num_partials, cudaStream_t stream) {
-  const dim3 block = tile_block(), grid = tile_grid(p.rows, p.width / kVector, num_partials);
-  return forward ? launch<gelu_forward_kernel<T, kVector>>(grid, block, 0, stream, p)
-                 : launch<gelu_backward_kernel<T, kVector>>(grid, block, 0, stream, p);
-}
-
-template <typename T, int kVector> bool whole(const Params& p) {
-  return p.width % kVector == 0 && whole_vectors<T, kVector>(p.da, p.da_row_stride) &&
-         whole_vectors<T, kVector>(p.x, p.x_row_stride) &&
-         whole_vectors<T, kVector>(p.dx, p.dx_row_stride) &&
-         whole_vectors<T, kVector>(p.a, p.a_row_stride);
-}
-
-void check_and_run(const char* op, const Params& p, bool forward, int64_t num_partials,
-                   const py::kwargs& a) {
-  const auto dtype = keyword<std::string>(a, "dtype");
-  const auto device = keyword<int>(a, "device");
-  const auto stream = pointer<CUstream_st>(a, "stream");
-  require_not_negative(op, "rows", p.rows);
-  require_not_negative(op, "width", p.width);
-  require_matrix(op, "x", p.x, p.rows, p.width, p.x_row_stride, false);
-  if (p.rows == 0 || p.width == 0)
-    return; // a grid of no blocks is an error to CUDA
-  require((p.partials != nullptr) == (num_partials > 0), op,
-          "expected partials if and only if there are num_partials");
-  const py::gil_scoped_release release;
-  run_on(op, device, [&] {
-    return with_type(op, dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      if (whole<T, kVectorOf<T>>(p))
-        return launch_width<T, kVectorOf<T>>(p, forward, num_partials, stream);
-      return launch_width<T, 1>(p, forward, num_partials, stream);
-    });
-  });
-}
-
 void gelu_forward(const py::kwargs& a) {
   constexpr const char* op = "gelu_forward_cuda";
   Params p{};
@@ -126,8 +87,14 @@ void gelu_forward(const py::kwargs& a) {
   p.width = keyword<int64_t>(a, "width");
   p.x_row_stride = keyword<int64_t>(a, "x_row_stride");
   p.a_row_stride = keyword<int64_t>(a, "a_row_stride");
+  require_matrix(op, "x", p.x, p.rows, p.width, p.x_row_stride, false);
   require_matrix(op, "a", p.a, p.rows, p.width, p.a_row_stride, true);
-  check_and_run(op, p, true, 0, a);
+  run_tiles(op, a, p.rows, p.width, nullptr, 0, {{p.x, p.x_row_stride}, {p.a, p.a_row_stride}},
+            [&](auto lane, dim3 grid, cudaStream_t stream) {
+              using L = decltype(lane);
+              return launch<gelu_forward_kernel<typename L::type, L::kVector>>(grid, tile_block(),
+                                                                               0, stream, p);
+            });
 }
 
 void gelu_backward(const py::kwargs& a) {
@@ -135,19 +102,29 @@ void gelu_backward(const py::kwargs& a) {
   const Params p{pointer<const void>(a, "da"),
                  pointer<const void>(a, "x"),
                  pointer<void>(a, "dx"),
-                 pointer<void>(a, "a"),
+                 pointer<void>(a, "activation"),
                  pointer<float>(a, "partials"),
                  keyword<int64_t>(a, "rows"),
                  keyword<int64_t>(a, "width"),
                  keyword<int64_t>(a, "da_row_stride"),
                  keyword<int64_t>(a, "x_row_stride"),
                  keyword<int64_t>(a, "dx_row_stride"),
-                 keyword<int64_t>(a, "a_row_stride")};
+                 keyword<int64_t>(a, "activation_row_stride")};
+  require_matrix(op, "x", p.x, p.rows, p.width, p.x_row_stride, false);
   require_matrix(op, "da", p.da, p.rows, p.width, p.da_row_stride, false);
   require_matrix(op, "dx", p.dx, p.rows, p.width, p.dx_row_stride, true);
   if (p.a != nullptr)
-    require_matrix(op, "a", p.a, p.rows, p.width, p.a_row_stride, true);
-  check_and_run(op, p, false, keyword<int64_t>(a, "num_partials"), a);
+    require_matrix(op, "activation", p.a, p.rows, p.width, p.a_row_stride, true);
+  run_tiles(op, a, p.rows, p.width, p.partials, keyword<int64_t>(a, "num_partials"),
+            {{p.da, p.da_row_stride},
+             {p.x, p.x_row_stride},
+             {p.dx, p.dx_row_stride},
+             {p.a, p.a_row_stride}},
+            [&](auto lane, dim3 grid, cudaStream_t stream) {
+              using L = decltype(lane);
+              return launch<gelu_backward_kernel<typename L::type, L::kVector>>(grid, tile_block(),
+                                                                                0, stream, p);
+            });
 }
 
 } // namespace
@@ -158,6 +135,7 @@ void bind_gelu_cuda(py::module_& m) {
   m.def("gelu_forward_cuda", &gelu_forward,
         "x [R, F] -> a [R, F]; pointers, sizes and row strides in elements.");
   m.def("gelu_backward_cuda", &gelu_backward,
-        "da, x [R, F] -> dx [R, F], which may be x; if not 0, a [R, F], which may be da, and "
+        "da, x [R, F] -> dx [R, F], which may be x; if not 0, activation [R, F], which may be da, "
+        "and "
         "partials [num_partials, F], the sums of dx over rows.");
 }

@@ -1,16 +1,14 @@
 // SwiGLU on CUDA: h = silu(x1) * x2 and its gradient, rows of [x1 | x2] side by side.
 #include "check.hpp"
-#include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/run.cuh"
 #include "cuda/device/tiles.cuh"
-#include "cuda/device/types.cuh"
 #include "cuda/device/vector.cuh"
 #include "keywords.hpp"
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
 #include <type_traits>
 
 namespace py = pybind11;
@@ -93,44 +91,6 @@ __global__ void __launch_bounds__(kTileThreads) swiglu_backward_kernel(const Par
   }
 }
 
-// Then no row has a tail: F is whole vectors, or x2 would start between two of them.
-template <typename T, int kVector> bool whole(const Params& p) {
-  return p.hidden % kVector == 0 && whole_vectors<T, kVector>(p.dh, p.dh_row_stride) &&
-         whole_vectors<T, kVector>(p.x12, p.x12_row_stride) &&
-         whole_vectors<T, kVector>(p.dx12, p.dx12_row_stride) &&
-         whole_vectors<T, kVector>(p.h, p.h_row_stride);
-}
-
-template <typename T, int kVector>
-cudaError_t launch_width(const Params& p, bool forward, int64_t num_partials, cudaStream_t stream) {
-  const dim3 block = tile_block(), grid = tile_grid(p.rows, p.hidden / kVector, num_partials);
-  return forward ? launch<swiglu_forward_kernel<T, kVector>>(grid, block, 0, stream, p)
-                 : launch<swiglu_backward_kernel<T, kVector>>(grid, block, 0, stream, p);
-}
-
-void check_and_run(const char* op, const Params& p, bool forward, int64_t num_partials,
-                   const py::kwargs& a) {
-  const auto dtype = keyword<std::string>(a, "dtype");
-  const auto device = keyword<int>(a, "device");
-  const auto stream = pointer<CUstream_st>(a, "stream");
-  require_not_negative(op, "rows", p.rows);
-  require_not_negative(op, "hidden", p.hidden);
-  require_matrix(op, "x12", p.x12, p.rows, 2 * p.hidden, p.x12_row_stride, false);
-  if (p.rows == 0 || p.hidden == 0)
-    return; // a grid of no blocks is an error to CUDA
-  require((p.partials != nullptr) == (num_partials > 0), op,
-          "expected partials if and only if there are num_partials");
-  const py::gil_scoped_release release;
-  run_on(op, device, [&] {
-    return with_type(op, dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      if (whole<T, kVectorOf<T>>(p))
-        return launch_width<T, kVectorOf<T>>(p, forward, num_partials, stream);
-      return launch_width<T, 1>(p, forward, num_partials, stream);
-    });
-  });
-}
-
 void swiglu_forward(const py::kwargs& a) {
   constexpr const char* op = "swiglu_forward_cuda";
   Params p{};
@@ -140,8 +100,14 @@ void swiglu_forward(const py::kwargs& a) {
   p.hidden = keyword<int64_t>(a, "hidden");
   p.x12_row_stride = keyword<int64_t>(a, "x12_row_stride");
   p.h_row_stride = keyword<int64_t>(a, "h_row_stride");
+  require_matrix(op, "x12", p.x12, p.rows, 2 * p.hidden, p.x12_row_stride, false);
   require_matrix(op, "h", p.h, p.rows, p.hidden, p.h_row_stride, true);
-  check_and_run(op, p, true, 0, a);
+  run_tiles(op, a, p.rows, p.hidden, nullptr, 0, {{p.x12, p.x12_row_stride}, {p.h, p.h_row_stride}},
+            [&](auto lane, dim3 grid, cudaStream_t stream) {
+              using L = decltype(lane);
+              return launch<swiglu_forward_kernel<typename L::type, L::kVector>>(grid, tile_block(),
+                                                                                 0, stream, p);
+            });
 }
 
 void swiglu_backward(const py::kwargs& a) {
@@ -157,11 +123,22 @@ void swiglu_backward(const py::kwargs& a) {
                  keyword<int64_t>(a, "x12_row_stride"),
                  keyword<int64_t>(a, "dx12_row_stride"),
                  keyword<int64_t>(a, "h_row_stride")};
+  require_matrix(op, "x12", p.x12, p.rows, 2 * p.hidden, p.x12_row_stride, false);
   require_matrix(op, "dh", p.dh, p.rows, p.hidden, p.dh_row_stride, false);
   require_matrix(op, "dx12", p.dx12, p.rows, 2 * p.hidden, p.dx12_row_stride, true);
   if (p.h != nullptr)
     require_matrix(op, "h", p.h, p.rows, p.hidden, p.h_row_stride, true);
-  check_and_run(op, p, false, keyword<int64_t>(a, "num_partials"), a);
+  // F itself is whole vectors, or x2 would start between two of them.
+  run_tiles(op, a, p.rows, p.hidden, p.partials, keyword<int64_t>(a, "num_partials"),
+            {{p.dh, p.dh_row_stride},
+             {p.x12, p.x12_row_stride},
+             {p.dx12, p.dx12_row_stride},
+             {p.h, p.h_row_stride}},
+            [&](auto lane, dim3 grid, cudaStream_t stream) {
+              using L = decltype(lane);
+              return launch<swiglu_backward_kernel<typename L::type, L::kVector>>(
+                  grid, tile_block(), 0, stream, p);
+            });
 }
 
 } // namespace

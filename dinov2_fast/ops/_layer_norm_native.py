@@ -1,19 +1,26 @@
-"""The layer norm's native kernels: those of the CPU, or those of `_layer_norm_cuda`."""
+"""The layer norm's native kernels, those of the CPU and those of CUDA."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._layer_norm_cuda import MAX_CHANNELS, backward_cuda, forward_cuda
+from dinov2_fast.ops._native import run_native
 from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
+    Argument,
     dtype_name,
     new_partials,
     on_cuda,
     refuse_pair,
-    run_cpu,
 )
+
+MAX_CHANNELS = 8192  # on a GPU a row and the sums over rows must fit in shared memory
+# CTAs of the backward, and partial sums of weight and bias gradients. It never depends on the GPU,
+# so that neither does the order of any sum; it fills the 132 multiprocessors of an H100.
+_MAX_PARTIALS = 528
 
 
 def native_layer_norm_refusals(
@@ -39,14 +46,12 @@ def forward_native(
     want_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Forward: y [R, C] in out_dtype, rstd [R], and the mean [R] if wanted."""
-    if on_cuda(x):
-        return forward_cuda(x, weight, bias, eps, rows, out_dtype, want_mean=want_mean)
     num_rows, channels = (x if rows is None else rows).shape[0], x.shape[1]
     y = x.new_empty((num_rows, channels), dtype=out_dtype)
     rstd = x.new_empty(num_rows, dtype=torch.float32)
     mean = torch.empty_like(rstd) if want_mean else None
-    run_cpu(
-        "layer_norm_forward_cpu",
+    run_native(
+        "layer_norm_forward",
         x=x,
         weight=weight.float(),  # [C]: nothing beside the rows
         bias=bias.float(),
@@ -79,14 +84,8 @@ def backward_of_output_native(
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds to dx; `source` is the output, or the normalised input."""
-    if on_cuda(dx):
-        shift = None if normalised else bias
-        return backward_cuda(dx, dy, source, None, rstd, weight, shift, None, rows, add=True)
-    wide = weight.float()
-    shift, inverse = bias.float(), 1 / wide
-    if normalised:
-        shift, inverse = torch.zeros_like(wide), torch.ones_like(wide)
-    return _backward_cpu(dx, dy, source, shift, inverse, None, rstd, weight, None, rows, add=True)
+    shift = None if normalised else bias
+    return _backward(dx, dy, source, None, rstd, weight, shift, None, rows, add=True)
 
 
 def backward_of_input_native(
@@ -94,62 +93,67 @@ def backward_of_input_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the selected rows [R, C], of weight and of bias."""
     dx = dy.new_empty(dy.shape, dtype=x.dtype)
-    if on_cuda(x):
-        sums = backward_cuda(dx, dy, x, mean, rstd, weight, None, rows, None, add=False)
-        return dx, *sums
-    wide = weight.float()
-    shift, inverse = torch.zeros_like(wide), torch.ones_like(wide)
-    dweight, dbias = _backward_cpu(
-        dx, dy, x, shift, inverse, mean, rstd, weight, rows, None, add=False
-    )
-    return dx, dweight, dbias
+    return dx, *_backward(dx, dy, x, mean, rstd, weight, None, rows, None, add=False)
 
 
-def _backward_cpu(
+def _backward(
     dx: Tensor,
     dy: Tensor,
     source: Tensor,
-    shift: Tensor,
-    inverse: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     source_rows: Tensor | None,
     dx_rows: Tensor | None,
     *,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x_hat is (source - mean - shift) * rstd * inverse; without a mean, without rstd."""
+    """Writes or adds to dx; returns the gradients of weight and bias.
+
+    `source` is the output if there is a bias, the input if there is a mean, else normalised rows.
+    """
     num_rows, channels = dy.shape
-    sums = weight.new_empty((2, channels), dtype=torch.float32)
-    wide = weight.float()
-    run_cpu(
-        "layer_norm_backward_cpu",
+    wide, shift = weight.float(), None if bias is None else bias.float()
+    own: Mapping[str, Argument]
+    if on_cuda(dx):
+        num_partials = min(num_rows, _MAX_PARTIALS)
+        partials = weight.new_empty((num_partials, 2, channels), dtype=torch.float32)
+        sums, own = None, {"bias": shift, "num_partials": num_partials}
+    else:
+        partials = new_partials(weight, num_rows, 2, channels)
+        sums = weight.new_empty((2, channels), dtype=torch.float32)
+        own = {
+            "shift": torch.zeros_like(wide) if shift is None else shift,
+            "inverse": torch.ones_like(wide) if shift is None else 1 / wide,
+            "sums": sums,
+            "num_source_rows": source.shape[0],
+            "num_dx_rows": dx.shape[0],
+            "block_rows": BLOCK_ROWS,
+            "source_dtype": dtype_name(source),
+            "op": "layer_norm_backward_" if add else "layer_norm_backward",
+        }
+    run_native(
+        "layer_norm_backward",
         dy=dy,
         source=source,
-        shift=shift,
-        inverse=inverse,
         mean=mean,
         rstd=rstd,
         weight=wide,
         source_rows=source_rows,
         dx_rows=dx_rows,
         dx=dx,
-        partials=new_partials(weight, num_rows, 2, channels),
-        sums=sums,
-        num_source_rows=source.shape[0],
-        num_dx_rows=dx.shape[0],
+        partials=partials,
         num_rows=num_rows,
         channels=channels,
-        block_rows=BLOCK_ROWS,
         dy_row_stride=dy.stride(0),
         source_row_stride=source.stride(0),
         dx_row_stride=dx.stride(0),
         add=add,
         dy_dtype=dtype_name(dy),
-        source_dtype=dtype_name(source),
         dx_dtype=dtype_name(dx),
-        op="layer_norm_backward_" if add else "layer_norm_backward",
+        **own,
     )
+    dweight, dbias = partials.sum(0) if sums is None else sums
     # Storage of their own: outputs of an op must not share any.
-    return sums[0].to(weight.dtype, copy=True), sums[1].to(weight.dtype, copy=True)
+    return dweight.to(weight.dtype, copy=True), dbias.to(weight.dtype, copy=True)

@@ -11,16 +11,8 @@ from torch import Tensor
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_cpu import (
-    BLOCK_ROWS,
-    adjacent_columns,
-    dtype_name,
-    new_partials,
-    on_cuda,
-    refusals,
-    run_cpu,
-)
-from dinov2_fast.ops._native_cuda import new_cuda_partials, run_cuda
+from dinov2_fast.ops._native import new_native_partials, of_partials, run_native
+from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, dtype_name, refusals
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
@@ -90,11 +82,7 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
 
 def _launch_native_(da: Tensor, x: Tensor) -> Tensor:
     """The backward in place by native kernels; the column sums."""
-    if on_cuda(x):
-        partials = new_cuda_partials(x, *x.shape)
-        _launch_backward_cuda(da, x, dx=x, activation=da, partials=partials)
-        return partials.sum(0)
-    partials = new_partials(x, *x.shape)
+    partials = new_native_partials(x)
     _launch_backward(da, x, dx=x, activation=da, partials=partials)
     return partials.sum(0)
 
@@ -109,11 +97,11 @@ def _launch_triton_(da: Tensor, x: Tensor) -> Tensor:
     return sums
 
 
-def _forward_native_cpu(x: Tensor) -> Tensor:
-    """Native forward on the CPU."""
+def _forward_native(x: Tensor) -> Tensor:
+    """Native forward."""
     a = x.new_empty(x.shape)
-    run_cpu(
-        "gelu_forward_cpu",
+    run_native(
+        "gelu_forward",
         x=x,
         a=a,
         rows=x.shape[0],
@@ -125,33 +113,10 @@ def _forward_native_cpu(x: Tensor) -> Tensor:
     return a
 
 
-def _backward_native_cpu(da: Tensor, x: Tensor) -> Tensor:
-    """Native backward on the CPU into a new tensor."""
+def _backward_native(da: Tensor, x: Tensor) -> Tensor:
+    """Native backward into a new tensor."""
     dx = x.new_empty(x.shape)
     _launch_backward(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
-    return dx
-
-
-def _forward_native_cuda(x: Tensor) -> Tensor:
-    """Native forward on the current stream of x's GPU."""
-    a = x.new_empty(x.shape)
-    run_cuda(
-        "gelu_forward_cuda",
-        x=x,
-        a=a,
-        rows=x.shape[0],
-        width=x.shape[1],
-        x_row_stride=x.stride(0),
-        a_row_stride=a.stride(0),
-        dtype=dtype_name(x),
-    )
-    return a
-
-
-def _backward_native_cuda(da: Tensor, x: Tensor) -> Tensor:
-    """Native backward on x's GPU into a new tensor."""
-    dx = x.new_empty(x.shape)
-    _launch_backward_cuda(adjacent_columns(da), x, dx=dx, activation=None, partials=None)
     return dx
 
 
@@ -180,42 +145,19 @@ def _launch_backward(
 ) -> None:
     """Write dx and, if wanted, gelu(x) and the column sums of dx over each block of rows."""
     rows, width = x.shape
-    run_cpu(
-        "gelu_backward_cpu",
+    run_native(
+        "gelu_backward",
         da=da,
         x=x,
         dx=dx,
         activation=activation,
-        partials=partials,
+        **of_partials(x, partials),
         rows=rows,
         width=width,
-        block_rows=BLOCK_ROWS,
         da_row_stride=da.stride(0),
         x_row_stride=x.stride(0),
         dx_row_stride=dx.stride(0),
         activation_row_stride=0 if activation is None else activation.stride(0),
-        dtype=dtype_name(x),
-    )
-
-
-def _launch_backward_cuda(
-    da: Tensor, x: Tensor, *, dx: Tensor, activation: Tensor | None, partials: Tensor | None
-) -> None:
-    """Write dx and, if wanted, gelu(x) and partial column sums of dx."""
-    run_cuda(
-        "gelu_backward_cuda",
-        da=da,
-        x=x,
-        dx=dx,
-        a=activation,
-        partials=partials,
-        num_partials=0 if partials is None else partials.shape[0],
-        rows=x.shape[0],
-        width=x.shape[1],
-        da_row_stride=da.stride(0),
-        x_row_stride=x.stride(0),
-        dx_row_stride=dx.stride(0),
-        a_row_stride=0 if activation is None else activation.stride(0),
         dtype=dtype_name(x),
     )
 
@@ -243,8 +185,7 @@ def _gradient(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
 _backward = declare(
     "gelu_backward(Tensor da, Tensor x, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _backward_native_cpu,
-        ("native", "cuda"): _backward_native_cuda,
+        **dict.fromkeys(NATIVE_DEVICES, _backward_native),
         **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
@@ -252,8 +193,7 @@ _backward = declare(
 _forward = declare(
     "gelu(Tensor x, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _forward_native_cpu,
-        ("native", "cuda"): _forward_native_cuda,
+        **dict.fromkeys(NATIVE_DEVICES, _forward_native),
         **dict.fromkeys(TRITON_DEVICES, _forward_triton),
     },
     fake=_forward_fake,

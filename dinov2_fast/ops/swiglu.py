@@ -11,16 +11,8 @@ from torch import Tensor
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_cpu import (
-    BLOCK_ROWS,
-    adjacent_columns,
-    dtype_name,
-    new_partials,
-    on_cuda,
-    refusals,
-    run_cpu,
-)
-from dinov2_fast.ops._native_cuda import new_cuda_partials, run_cuda
+from dinov2_fast.ops._native import new_native_partials, of_partials, run_native
+from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, dtype_name, refusals
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 
@@ -99,12 +91,8 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
 
 def _launch_native_(dh: Tensor, x12: Tensor) -> Tensor:
     """The backward in place by native kernels; the column sums."""
-    if on_cuda(x12):
-        partials = new_cuda_partials(x12, *x12.shape)
-        _launch_backward_cuda(dh, x12, dx12=x12, h=dh, partials=partials)
-        return partials.sum(0)
-    partials = new_partials(x12, *x12.shape)
-    _launch_backward_cpu(dh, x12, dx12=x12, h=dh, partials=partials)
+    partials = new_native_partials(x12)
+    _launch_backward(dh, x12, dx12=x12, h=dh, partials=partials)
     return partials.sum(0)
 
 
@@ -125,12 +113,12 @@ def _check(x12: Tensor) -> None:
         raise ValueError(f"swiglu: x12 must have an even width 2F, got {x12.shape[1]}")
 
 
-def _forward_native_cpu(x12: Tensor) -> Tensor:
-    """Native forward on the CPU."""
+def _forward_native(x12: Tensor) -> Tensor:
+    """Native forward."""
     rows, hidden = x12.shape[0], x12.shape[1] // 2
     h = x12.new_empty(rows, hidden)
-    run_cpu(
-        "swiglu_forward_cpu",
+    run_native(
+        "swiglu_forward",
         x12=x12,
         h=h,
         rows=rows,
@@ -142,74 +130,27 @@ def _forward_native_cpu(x12: Tensor) -> Tensor:
     return h
 
 
-def _forward_native_cuda(x12: Tensor) -> Tensor:
-    """Native forward on the current stream of x12's GPU."""
-    rows, hidden = x12.shape[0], x12.shape[1] // 2
-    h = x12.new_empty(rows, hidden)
-    run_cuda(
-        "swiglu_forward_cuda",
-        x12=x12,
-        h=h,
-        rows=rows,
-        hidden=hidden,
-        x12_row_stride=x12.stride(0),
-        h_row_stride=h.stride(0),
-        dtype=dtype_name(x12),
-    )
-    return h
-
-
-def _backward_native_cpu(dh: Tensor, x12: Tensor) -> Tensor:
-    """Native backward on the CPU into a new tensor."""
+def _backward_native(dh: Tensor, x12: Tensor) -> Tensor:
+    """Native backward into a new tensor."""
     dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
-    _launch_backward_cpu(dh, x12, dx12=dx12, h=None, partials=None)
+    _launch_backward(dh, x12, dx12=dx12, h=None, partials=None)
     return dx12
 
 
-def _launch_backward_cpu(
+def _launch_backward(
     dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None, partials: Tensor | None
 ) -> None:
     """Write dx12 and, if wanted, h and the column sums of dx12 over each block of rows."""
     rows, width = x12.shape
-    run_cpu(
-        "swiglu_backward_cpu",
+    run_native(
+        "swiglu_backward",
         dh=dh,
         x12=x12,
         dx12=dx12,
         h=h,
-        partials=partials,
+        **of_partials(x12, partials),
         rows=rows,
         hidden=width // 2,
-        block_rows=BLOCK_ROWS,
-        dh_row_stride=dh.stride(0),
-        x12_row_stride=x12.stride(0),
-        dx12_row_stride=dx12.stride(0),
-        h_row_stride=0 if h is None else h.stride(0),
-        dtype=dtype_name(x12),
-    )
-
-
-def _backward_native_cuda(dh: Tensor, x12: Tensor) -> Tensor:
-    """Native backward on x12's GPU into a new tensor."""
-    dh, dx12 = adjacent_columns(dh), _empty_gradient(x12)
-    _launch_backward_cuda(dh, x12, dx12=dx12, h=None, partials=None)
-    return dx12
-
-
-def _launch_backward_cuda(
-    dh: Tensor, x12: Tensor, *, dx12: Tensor, h: Tensor | None, partials: Tensor | None
-) -> None:
-    """Write dx12 and, if wanted, h and partial column sums of dx12."""
-    run_cuda(
-        "swiglu_backward_cuda",
-        dh=dh,
-        x12=x12,
-        dx12=dx12,
-        h=h,
-        partials=partials,
-        num_partials=0 if partials is None else partials.shape[0],
-        rows=x12.shape[0],
-        hidden=x12.shape[1] // 2,
         dh_row_stride=dh.stride(0),
         x12_row_stride=x12.stride(0),
         dx12_row_stride=dx12.stride(0),
@@ -266,8 +207,7 @@ def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
 _backward = declare(
     "swiglu_backward(Tensor dh, Tensor x12, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _backward_native_cpu,
-        ("native", "cuda"): _backward_native_cuda,
+        **dict.fromkeys(NATIVE_DEVICES, _backward_native),
         **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
@@ -275,8 +215,7 @@ _backward = declare(
 _forward = declare(
     "swiglu(Tensor x12, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _forward_native_cpu,
-        ("native", "cuda"): _forward_native_cuda,
+        **dict.fromkeys(NATIVE_DEVICES, _forward_native),
         **dict.fromkeys(TRITON_DEVICES, _forward_triton),
     },
     fake=_forward_fake,
