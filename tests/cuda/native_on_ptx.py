@@ -128,9 +128,11 @@ def signature(mangled: str) -> str:
     demangle.restype = ctypes.c_char_p
     status = ctypes.c_int()
     plain = demangle(mangled.encode(), None, None, ctypes.byref(status)).decode()
-    for noise in ("dinov2_fast::", "(anonymous namespace)::", "KernelName<&(", "void "):
+    for noise in ("dinov2_fast::", "(anonymous namespace)::", "KernelName<&", "void "):
         plain = plain.replace(noise, "")
-    return plain[: plain.rindex("(")]
+    plain = plain.removeprefix("(")
+    # The type of a kernel without template arguments does not spell its parameters out.
+    return plain[: plain.rindex("(")] if "(" in plain else plain.removesuffix(">")
 
 
 RESULTS: list[simt.Result] = []
