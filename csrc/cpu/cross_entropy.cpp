@@ -303,7 +303,7 @@ void fill(Params& p, const py::kwargs& a) {
 
 // Reads how to run, checks, lets go of the GIL and runs.
 template <typename P> void start(const char* op, const P& p, const py::kwargs& a) {
-  const std::string student = a["student_dtype"].cast<std::string>();
+  const std::string student = a["dtype"].cast<std::string>();
   const std::string teacher = a["teacher_dtype"].cast<std::string>();
   const int threads = a["threads"].cast<int>();
   const Level level = choose_level(op, a["level"].cast<std::string>());

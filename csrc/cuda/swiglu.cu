@@ -30,9 +30,9 @@ struct Params {
   int64_t h_row_stride;
 };
 
-// Half types keep 8 or 11 bits, so the fast exponential and division (2 ulp of float) cost nothing.
+// Half types keep 8 or 11 bits, so the fast division (2 ulp of float) costs nothing either.
 template <typename T> __device__ float sigmoid(float x) {
-  const float e = std::is_same_v<T, float> ? expf(-fabsf(x)) : __expf(-fabsf(x));
+  const float e = exponential<T>(-fabsf(x));
   const float numerator = x < 0.0f ? e : 1.0f;
   return std::is_same_v<T, float> ? numerator / (1.0f + e) : __fdividef(numerator, 1.0f + e);
 }

@@ -13,6 +13,8 @@ from dinov2_fast.ops._native_cpu import Argument
 
 # A CTA of the kernels that sum over rows, and how many CTAs fill the largest GPUs.
 _TILE_ROWS, _TILE_COLUMNS, _TILE_CTAS = 8, 256, 2048
+# The shortest part of a long row, and how many CTAs are worth cutting rows for.
+_SPLIT_STEP, _SPLIT_CTAS = 2048, 1024
 
 
 def run_cuda(name: str, *, reached: Iterable[Tensor] = (), **arguments: Argument) -> None:
@@ -39,13 +41,28 @@ def call(
     getattr(native.module(), name)(**plain, device=device.index, stream=stream)
 
 
-def row_blocks(num_rows: int, width: int) -> int:
+def row_blocks(num_rows: int, width: int, *, batch: int = 1) -> int:
     """Rows of partial sums of a matrix: CTAs along its rows.
 
     It depends on the matrix alone, so that the order of every sum is the same on every GPU.
+
+    Args:
+        num_rows: of the matrix.
+        width: of the matrix, in elements.
+        batch: rows that a thread takes at a time.
     """
     across = -(-width // _TILE_COLUMNS)
-    return min(-(-num_rows // _TILE_ROWS), -(-_TILE_CTAS // max(across, 1)))
+    return min(-(-num_rows // (_TILE_ROWS * batch)), -(-_TILE_CTAS // max(across, 1)))
+
+
+def row_splits(num_ctas: int, width: int) -> int:
+    """Parts of each row where so few CTAs with whole rows would leave a GPU idle.
+
+    It depends on the matrix alone, so that the order of every sum is the same on every GPU.
+    """
+    steps = -(-width // _SPLIT_STEP)
+    per_part = -(-steps // -(-_SPLIT_CTAS // max(num_ctas, 1)))
+    return -(-steps // max(per_part, 1)) or 1
 
 
 def new_cuda_partials(like: Tensor, num_rows: int, width: int) -> Tensor:

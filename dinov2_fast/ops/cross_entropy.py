@@ -21,7 +21,16 @@ from dinov2_fast.ops._checks import (
     check_tensor,
 )
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_cpu import FLOATS, Argument, dtype_name, refusals, run_cpu
+from dinov2_fast.ops._native import run_native
+from dinov2_fast.ops._native_cpu import (
+    FLOATS,
+    NATIVE_DEVICES,
+    Argument,
+    dtype_name,
+    on_cuda,
+    refusals,
+)
+from dinov2_fast.ops._native_cuda import row_splits
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, for_triton
 
 # The work goes block by block of rows: temporaries of the size of the logits would triple their
@@ -212,7 +221,7 @@ def kernel_arguments(
     student_temperature: float,
     teacher_temperature: float,
 ) -> dict[str, Argument]:
-    """What every CPU kernel of this op takes; rows are [S, P], and vectors are contiguous."""
+    """What every native kernel of this op takes; rows are [S, P], and vectors are contiguous."""
     return {
         "student": student,
         "teacher": teacher,
@@ -227,17 +236,23 @@ def kernel_arguments(
         "teacher_row_stride": teacher.stride(0),
         "student_temperature": student_temperature,
         "teacher_temperature": teacher_temperature,
-        "student_dtype": dtype_name(student),
+        "dtype": dtype_name(student),
         "teacher_dtype": dtype_name(teacher),
     }
 
 
-def _forward_native_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, temperature * log-sum-exp and sum of targets of each row on the CPU."""
+def forward_native(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, temperature * log-sum-exp and sum of targets of each row, by native kernels."""
     loss, normalizer, target_sum = _forward_fake(student, *arguments)
-    run_cpu(
-        "cross_entropy_forward_cpu",
+    parts: dict[str, Argument] = {}
+    if on_cuda(student):
+        rows, splits = len(loss), row_splits(*student.shape)
+        parts["num_splits"] = splits
+        parts["partials"] = loss.new_empty(rows, splits, 4) if splits > 1 else None
+    run_native(
+        "cross_entropy_forward",
         **kernel_arguments(student, *arguments),
+        **parts,
         loss=loss,
         normalizer=normalizer,
         target_sum=target_sum,
@@ -245,13 +260,25 @@ def _forward_native_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     return loss, normalizer, target_sum
 
 
-def _backward_native_cpu(
-    grad_loss: Tensor, normalizer: Tensor, target_sum: Tensor, student: Tensor, *arguments: Any
-) -> Tensor:
-    """Gradient of the student's logits on the CPU."""
-    grad, grad_loss = student.new_empty(student.shape), grad_loss.contiguous()
-    run_cpu(
-        "cross_entropy_backward_cpu",
+def _backward_native(grad_loss: Tensor, *arguments: Any) -> Tensor:
+    """Gradient of the student's logits by native kernels."""
+    student = arguments[2]
+    grad = student.new_empty(student.shape)
+    backward_native_(grad, grad_loss.contiguous(), *arguments)
+    return grad
+
+
+def backward_native_(
+    grad: Tensor,
+    grad_loss: Tensor,
+    normalizer: Tensor,
+    target_sum: Tensor,
+    student: Tensor,
+    *arguments: Any,
+) -> None:
+    """Write the gradient of the student's logits; on a GPU `grad` may be those logits."""
+    run_native(
+        "cross_entropy_backward",
         **kernel_arguments(student, *arguments),
         grad_loss=grad_loss,
         normalizer=normalizer,
@@ -259,11 +286,10 @@ def _backward_native_cpu(
         grad=grad,
         grad_row_stride=grad.stride(0),
     )
-    return grad
 
 
 def forward_triton(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_forward_native_cpu`, by Triton."""
+    """As `forward_native`, by Triton."""
     from dinov2_fast.kernels import cross_entropy as kernels
 
     outputs = _forward_fake(student, *arguments)
@@ -321,7 +347,7 @@ _backward = declare(
     f"cross_entropy_backward(Tensor grad_loss, Tensor normalizer, Tensor target_sum, {_INPUTS})"
     " -> Tensor",
     kernels={
-        ("native", "cpu"): _backward_native_cpu,
+        **dict.fromkeys(NATIVE_DEVICES, _backward_native),
         **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
@@ -329,7 +355,7 @@ _backward = declare(
 _forward = declare(
     f"cross_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor)",
     kernels={
-        ("native", "cpu"): _forward_native_cpu,
+        **dict.fromkeys(NATIVE_DEVICES, forward_native),
         **dict.fromkeys(TRITON_DEVICES, forward_triton),
     },
     fake=_forward_fake,

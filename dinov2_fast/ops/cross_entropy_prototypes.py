@@ -8,6 +8,7 @@ forward pass makes them and nothing is computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from dinov2_fast.ops._checks import (
     check_row_range,
     check_tensor,
 )
-from dinov2_fast.ops._native_cpu import run_cpu
+from dinov2_fast.ops._native_cpu import on_cuda, run_cpu
 from dinov2_fast.ops.cross_entropy import (
+    backward_native_,
     backward_triton_,
     cross_entropy_reference,
+    forward_native,
     forward_triton,
     kernel_arguments,
     why_no_kernel,
@@ -252,7 +255,14 @@ def _losses_and_gradient_(
     return losses
 
 
-def _losses_and_gradient_native_(
+def _losses_and_gradient_native_(logits: Tensor, *arguments: Any) -> Tensor:
+    """As `_losses_and_gradient_`, by native kernels."""
+    if on_cuda(logits):
+        return _in_two_passes_(forward_native, backward_native_, logits, *arguments)
+    return _in_one_pass_(logits, *arguments)
+
+
+def _in_one_pass_(
     logits: Tensor,
     teacher: Tensor,
     log_u: Tensor,
@@ -262,7 +272,7 @@ def _losses_and_gradient_native_(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """As `_losses_and_gradient_`, in one pass of the CPU kernel over each row."""
+    """By the CPU kernel, which keeps a row in the cache until its gradient is written."""
     losses = logits.new_empty(logits.shape[0])
     log_u, log_v, row_weights = log_u.contiguous(), log_v.contiguous(), row_weights.contiguous()
     teacher_rows = teacher_rows.contiguous()
@@ -287,7 +297,9 @@ def _losses_and_gradient_native_(
     return losses
 
 
-def _losses_and_gradient_triton_(
+def _in_two_passes_(
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward_: Callable[..., None],
     logits: Tensor,
     teacher: Tensor,
     log_u: Tensor,
@@ -297,17 +309,17 @@ def _losses_and_gradient_triton_(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """As `_losses_and_gradient_`, by the Triton kernels of forward and backward."""
+    """By the kernels of the op's forward and backward."""
     vectors = log_u.contiguous(), log_v.contiguous(), teacher_rows.contiguous()
     temperatures = float(student_temperature), float(teacher_temperature)
     arguments = (logits, teacher, *vectors, *temperatures)
-    losses, *statistics = forward_triton(*arguments)
-    backward_triton_(logits, row_weights.contiguous(), *statistics, *arguments)
+    losses, *statistics = forward(*arguments)
+    backward_(logits, row_weights.contiguous(), *statistics, *arguments)
     return losses
 
 
 _LOSSES_AND_GRADIENT = {
     "reference": _losses_and_gradient_,
     "native": _losses_and_gradient_native_,
-    "triton": _losses_and_gradient_triton_,
+    "triton": partial(_in_two_passes_, forward_triton, backward_triton_),
 }

@@ -15,11 +15,19 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_cpu import FLOATS, dtype_name, refusals, run_cpu
+from dinov2_fast.ops._native import run_native
+from dinov2_fast.ops._native_cpu import FLOATS, NATIVE_DEVICES, dtype_name, on_cuda, refusals
+from dinov2_fast.ops._native_cuda import row_blocks, row_splits
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.distributed import ProcessGroup
+
+    from dinov2_fast.ops._native_cpu import Argument
+
+_ROW_BATCH = 4  # rows that a thread of the CUDA kernels takes at a time
 
 
 def sinkhorn_reference(
@@ -154,11 +162,12 @@ def _log_sums_of_all(largest: Tensor, sums: Tensor, group: ProcessGroup | None) 
     return sums.masked_fill_(empty & (sums == 0), 1.0).log_().add_(common)
 
 
-def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _columns_native(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Largest of logits * scale + log_v in each column, and sum of exp relative to it."""
     largest, sums = _columns_fake(logits, log_v, scale)
-    run_cpu(
-        "sinkhorn_columns_cpu",
+    num_partials = max(row_blocks(*logits.shape, batch=_ROW_BATCH), 1)
+    run_native(
+        "sinkhorn_columns",
         logits=logits,
         log_v=log_v,
         largest=largest,
@@ -168,15 +177,17 @@ def _columns_native_cpu(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Te
         row_stride=logits.stride(0),
         scale=scale,
         dtype=dtype_name(logits),
+        **_parts(logits, "num_partials", num_partials, num_partials * logits.shape[1]),
     )
     return largest, sums
 
 
-def _rows_native_cpu(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
+def _rows_native(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
     """Logarithm of each row's sum of exp(logits * scale + log_u)."""
     lse = _rows_fake(logits, log_u, scale)
-    run_cpu(
-        "sinkhorn_rows_cpu",
+    num_splits = row_splits(-(-logits.shape[0] // _ROW_BATCH), logits.shape[1])
+    run_native(
+        "sinkhorn_rows",
         logits=logits,
         log_u=log_u,
         lse=lse,
@@ -185,12 +196,28 @@ def _rows_native_cpu(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
         row_stride=logits.stride(0),
         scale=scale,
         dtype=dtype_name(logits),
+        **_parts(logits, "num_splits", num_splits, num_splits * logits.shape[0]),
     )
     return lse
 
 
+def _parts(logits: Tensor, name: str, count: int, num_sums: int) -> Mapping[str, Argument]:
+    """On a GPU the number of parts that sums are cut into, and scratch for them if there are two.
+
+    Args:
+        logits: what is summed over.
+        name: of the number.
+        count: the number.
+        num_sums: sums of all parts.
+    """
+    if not on_cuda(logits):
+        return {}
+    sums = logits.new_empty((2, num_sums), dtype=torch.float32) if count > 1 else None
+    return {name: count, "partials": sums}
+
+
 def _columns_triton(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `_columns_native_cpu`, by Triton."""
+    """As `_columns_native`, by Triton."""
     from dinov2_fast.kernels import sinkhorn as kernels
 
     largest, sums = _columns_fake(logits, log_v, scale)
@@ -200,7 +227,7 @@ def _columns_triton(logits: Tensor, log_v: Tensor, scale: float) -> tuple[Tensor
 
 
 def _rows_triton(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
-    """As `_rows_native_cpu`, by Triton."""
+    """As `_rows_native`, by Triton."""
     from dinov2_fast.kernels import sinkhorn as kernels
 
     lse = _rows_fake(logits, log_u, scale)
@@ -221,7 +248,7 @@ def _rows_fake(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
 _columns = declare(
     "sinkhorn_columns(Tensor logits, Tensor log_v, float scale, str backend) -> (Tensor, Tensor)",
     kernels={
-        ("native", "cpu"): _columns_native_cpu,
+        **dict.fromkeys(NATIVE_DEVICES, _columns_native),
         **dict.fromkeys(TRITON_DEVICES, _columns_triton),
     },
     fake=_columns_fake,
@@ -229,7 +256,7 @@ _columns = declare(
 _rows = declare(
     "sinkhorn_rows(Tensor logits, Tensor log_u, float scale, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _rows_native_cpu,
+        **dict.fromkeys(NATIVE_DEVICES, _rows_native),
         **dict.fromkeys(TRITON_DEVICES, _rows_triton),
     },
     fake=_rows_fake,

@@ -37,26 +37,46 @@ __device__ void for_each_row(int64_t rows, int64_t columns, const Body& body) {
     body(row);
 }
 
-// Adds what the threads of a column have summed and writes it to a row of partial sums. All
-// threads of the CTA come here, also those past the last column; a barrier must lie between two
-// calls, which share the tile.
+// Hands the threads that `taken_column` names what the threads of a column hold. All threads of the
+// CTA come here, also those past the last column; a barrier must lie between two calls, which share
+// the tile.
 template <int kVector>
-__device__ void store_column_sums(const float (&sums)[kVector], float* partials, int64_t columns) {
+__device__ void take_column(const float (&mine)[kVector], float (&of_column)[kTileRows]) {
   // Padded so that neither the stores, lane by lane, nor the loads, column by column, conflict.
   constexpr int kPadding = kVector > 1 ? kTileLanes / kVector : 0;
   __shared__ float tile[kTileRows][kVector][kTileLanes + kPadding];
 #pragma unroll
   for (int i = 0; i < kVector; ++i)
-    tile[threadIdx.y][i][threadIdx.x] = sums[i];
+    tile[threadIdx.y][i][threadIdx.x] = mine[i];
   __syncthreads();
   const int within = threadIdx.y * kTileLanes + threadIdx.x;
+  if (within >= kTileLanes * kVector)
+    return;
+#pragma unroll
+  for (int row = 0; row < kTileRows; ++row)
+    of_column[row] = tile[row][within % kVector][within / kVector];
+}
+
+// The column that `take_column` gave this thread, or -1.
+template <int kVector> __device__ int64_t taken_column(int64_t columns) {
+  const int within = threadIdx.y * kTileLanes + threadIdx.x;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kTileLanes * kVector + within;
-  if (within >= kTileLanes * kVector || column >= columns)
+  return within < kTileLanes * kVector && column < columns ? column : -1;
+}
+
+// Adds what the threads of a column have summed and writes it to a row of partial sums; called as
+// `take_column` is.
+template <int kVector>
+__device__ void store_column_sums(const float (&sums)[kVector], float* partials, int64_t columns) {
+  float of_rows[kTileRows];
+  take_column(sums, of_rows);
+  const int64_t column = taken_column<kVector>(columns);
+  if (column < 0)
     return;
   float sum = 0.0f;
 #pragma unroll
   for (int row = 0; row < kTileRows; ++row)
-    sum += tile[row][within % kVector][within / kVector];
+    sum += of_rows[row];
   partials[column] = sum;
 }
 

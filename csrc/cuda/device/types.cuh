@@ -5,8 +5,10 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <string>
+#include <type_traits>
 
 namespace dinov2_fast {
 
@@ -24,6 +26,22 @@ cudaError_t with_type(const char* op, const std::string& dtype, const Body& body
   if (dtype != "bfloat16")
     refuse(op, "expected float32, float16 or bfloat16, got " + dtype);
   return body(Type<__nv_bfloat16>());
+}
+
+// A type that is known only to the kernel at run time.
+enum class FloatType { float32, float16, bfloat16 };
+
+inline FloatType float_type(const char* op, const std::string& dtype) {
+  FloatType found = FloatType::bfloat16;
+  with_type(op, dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (std::is_same_v<T, float>)
+      found = FloatType::float32;
+    if (std::is_same_v<T, __half>)
+      found = FloatType::float16;
+    return cudaSuccess;
+  });
+  return found;
 }
 
 // body(Type<Stream>, Type<Branch>) for a residual stream and what a branch computes in: the same

@@ -1,6 +1,8 @@
 // Several elements moved by one memory instruction, and their float values.
 #pragma once
 
+#include "cuda/device/types.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -88,6 +90,29 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 __device__ inline void from_float(float& to, float x) { to = x; }
 __device__ inline void from_float(__half& to, float x) { to = __float2half_rn(x); }
 __device__ inline void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+
+// Half types keep 8 or 11 bits, so the fast exponential (2 ulp of float near 0) costs nothing.
+template <typename T> __device__ float exponential(float x) {
+  return std::is_same_v<T, float> ? expf(x) : __expf(x);
+}
+
+template <typename T, int N> __device__ void load_floats(const T* from, float (&to)[N]) {
+  const auto loaded = load_vector<T, N>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    to[i] = to_float(loaded.at[i]);
+}
+
+// The values of a vector of a matrix whose type only the call knows.
+template <int N>
+__device__ void load_floats(const void* matrix, FloatType type, int64_t at, float (&to)[N]) {
+  if (type == FloatType::float32)
+    load_floats(static_cast<const float*>(matrix) + at, to);
+  else if (type == FloatType::float16)
+    load_floats(static_cast<const __half*>(matrix) + at, to);
+  else
+    load_floats(static_cast<const __nv_bfloat16*>(matrix) + at, to);
+}
 
 // Whether all vectors of N elements of a matrix start at a multiple of their size, in every row.
 template <typename T, int N> bool whole_vectors(const void* matrix, int64_t row_stride) {
