@@ -92,23 +92,26 @@ OPS = {
     "cross_entropy": run_cross_entropy,
     "in place": run_in_place,
 }
+# In place are the kernels of cross_entropy, which a quick test need not see twice.
+QUICK = ["sinkhorn", "cross_entropy", pytest.param("in place", marks=pytest.mark.slow)]
 
 
 def scores(rows: int, prototypes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Scores whose exponents spread over about 16; in float64 they are those of float32."""
+    """Scores whose exponents spread over about 16."""
     return randn(rows, prototypes, seed=seed, scale=0.2).to(dtype)
 
 
 def teacher_of(
     sizes: tuple[int, int], types: Types, place: Place
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Scores of a teacher, and vectors that make each row's targets sum to about 1."""
-    teacher = scores(*sizes, types[1], seed=1)
+    """Scores of a teacher, and vectors that make each row's targets sum to about 1.
+
+    The vectors have the same values whatever the types, or they would not be a truth's.
+    """
     log_u = randn(sizes[1], seed=2, scale=0.1)
-    log_v = -torch.logsumexp(teacher.float() / 0.05 + log_u, dim=1)
-    if types[1] == torch.float64:
-        log_u, log_v = log_u.double(), log_v.double()
-    return place(teacher), (log_u, log_v)
+    log_v = -torch.logsumexp(scores(*sizes, torch.float32, seed=1) / 0.05 + log_u, dim=1)
+    wide = torch.promote_types(types[1], torch.float32)
+    return place(scores(*sizes, types[1], seed=1)), (log_u.to(wide), log_v.to(wide))
 
 
 def rounded_to(types: Types) -> Place:
@@ -148,7 +151,7 @@ def assert_matches_reference(op: str, sizes: tuple[int, int], types: Types, out:
         for op in OPS
         for prototypes in PROTOTYPES
         for arch in (80, 90)
-        for quick in [prototypes == PROTOTYPES[0] and arch == 80]
+        for quick in [prototypes == PROTOTYPES[0] and arch == 80 and op != "in place"]
     ],
 )
 def test_production_widths_match_the_reference(op: str, prototypes: int, arch: int):
@@ -261,13 +264,14 @@ def test_nan_in_a_row_reaches_the_rows_that_read_it_alone(op: str, whose: str):
 
 @pytest.mark.parametrize("infinite_loss", [False, True])
 def test_scores_of_minus_infinity_have_no_weight(infinite_loss: bool):
-    # Temperatures whose inverses need more than 24 bits: infinity times the rest must not be NaN.
-    options = {"student_temperature": 0.07, "teacher_temperature": 0.03}
+    # The inverses fit in 24 bits: what is left of them is 0, and infinity times 0 would be NaN.
+    options = {"student_temperature": 0.1, "teacher_temperature": 0.04}
     student, teacher = randn(3, 300, scale=0.2), randn(3, 300, seed=1, scale=0.2)
     teacher[:, 200] = -torch.inf
     if infinite_loss:
+        student -= 20  # from 0 to the first finite score is further than exp reaches
         student[:, :140] = -torch.inf  # a warp sees nothing else
-    log_v = -torch.logsumexp(teacher / 0.03, dim=1)
+    log_v = -torch.logsumexp(teacher / 0.04, dim=1)
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
         inputs = [student.to(dtype).requires_grad_(), teacher.to(dtype)]
@@ -285,7 +289,7 @@ def test_scores_of_minus_infinity_have_no_weight(infinite_loss: bool):
         )
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", QUICK)
 def test_warps_move_whole_sectors_of_each_matrix_once(op: str):
     rows, prototypes = 36, 4096
     if op == "sinkhorn":
@@ -313,7 +317,7 @@ def test_warps_move_whole_sectors_of_each_matrix_once(op: str):
             assert passes == result.counters.get(f"shared passes, {kind}, ideal", 0)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", QUICK)
 def test_every_deleted_barrier_is_reported(op: str):
     sizes = (33, 300)  # several warps a row; columns in two parts
     _, results = execute(op, sizes, TYPES[0])
