@@ -4,7 +4,6 @@
 // Forward: a CTA has a row, or a part of its columns, and reads it once; a second pass puts the
 // parts together. Backward: softmax and targets again, in place if the caller wants.
 #include "check.hpp"
-#include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/long_rows.cuh"
 #include "cuda/device/reduce.cuh"

@@ -6,7 +6,6 @@
 // Rows: logarithm of the sum of exp. A CTA has a few rows, which share the columns' terms, or a
 // part of their columns; a second pass puts the parts together.
 #include "check.hpp"
-#include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/long_rows.cuh"
 #include "cuda/device/reduce.cuh"
@@ -64,7 +63,7 @@ struct LogSum {
   float largest = -INFINITY; // NaN never wins; it comes back in the sum
   float sum = 0.0f;
 
-  // Moves the sum on; a largest exponent that is lower stays as it is.
+  // Makes the sum relative to an exponent that is not lower.
   template <typename T = float> __device__ void raise_to(float higher) {
     sum *= exponential<T>(largest - base_of(higher));
     largest = higher;

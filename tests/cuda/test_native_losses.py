@@ -5,7 +5,9 @@ Every claim is made of each op; `ops` has how an op's functions are called and w
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -324,11 +326,17 @@ def test_every_deleted_barrier_is_reported(op: str):
     executed = [inst for r in results for inst, count in r.instructions if count]
     barriers = {inst.line: inst for inst in executed if synchronises(inst)}
     assert barriers
+    kernels = {r.kernel.name for r in results}
+
+    def edit(ptx: str, barrier: Any) -> str:
+        # Most of the time would go into reading kernels that are not executed.
+        return re.sub(
+            r"\.entry (\w+)\(.*?\n}\n",
+            lambda entry: entry[0] if entry[1] in kernels else "",
+            without(ptx, barrier),
+            flags=re.DOTALL,
+        )
+
     for barrier in barriers.values():
         with pytest.raises(Fault):
-            execute(
-                op,
-                sizes,
-                TYPES[0],
-                edit=lambda ptx, barrier=barrier: without(ptx, barrier),
-            )
+            execute(op, sizes, TYPES[0], edit=functools.partial(edit, barrier=barrier))
