@@ -2,6 +2,7 @@
 #include "check.hpp"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/sums.cuh"
 #include "cuda/device/types.cuh"
 #include "cuda/device/vector.cuh"
 #include "keywords.hpp"
@@ -17,7 +18,6 @@ namespace py = pybind11;
 namespace dinov2_fast {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kForwardRows = 4; // warps of a CTA, each with a row of its own
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardWarps = kBackwardThreads / kLanes;
@@ -56,13 +56,6 @@ struct BackwardParams {
   int64_t dx_row_stride;
   bool add;
 };
-
-__device__ float warp_sum(float x) {
-#pragma unroll
-  for (int lane = kLanes / 2; lane > 0; lane /= 2)
-    x += __shfl_xor_sync(0xffffffff, x, lane);
-  return x; // the same bits in every lane: both partners add the same two numbers
-}
 
 // One warp a row. A lane keeps its part of the row in shared memory, which nobody else touches.
 template <typename X, typename Y, int kVector>

@@ -12,6 +12,11 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native_cpu import refusals, run_cpu
+from dinov2_fast.ops._native_cuda import run_cuda
+
+# Parts of the keys that multiprocessors search side by side, and keys of a part at least. Both
+# depend on the batch alone; no result depends on either.
+_MAX_SPLITS, _SPLIT_KEYS = 16, 16
 
 
 def koleo_reference(x: Tensor, *, eps: float) -> Tensor:
@@ -111,6 +116,54 @@ def _backward_native_cpu(
     return dx
 
 
+def _forward_native_cuda(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Losses [B], and what the backward needs of the rows; native on x's GPU."""
+    outputs = _forward_fake(x, eps)
+    losses, normalised, norms, nearest, pulls = outputs
+    num_splits = min(-(-x.shape[0] // _SPLIT_KEYS), _MAX_SPLITS)
+    run_cuda(
+        "koleo_forward_cuda",
+        x=x,
+        losses=losses,
+        normalised=normalised,
+        norms=norms,
+        nearest=nearest,
+        pulls=pulls,
+        bests=x.new_empty((x.shape[0], num_splits), dtype=torch.int64),
+        rows=x.shape[0],
+        channels=x.shape[1],
+        num_splits=num_splits,
+        x_row_stride=x.stride(0),
+        eps=eps,
+    )
+    return outputs
+
+
+def _backward_native_cuda(
+    gradients: Tensor,
+    normalised: Tensor,
+    norms: Tensor,
+    nearest: Tensor,
+    pulls: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of x; native on its GPU."""
+    dx = torch.empty_like(normalised)
+    run_cuda(
+        "koleo_backward_cuda",
+        gradients=gradients.contiguous(),  # autograd expands that of a mean
+        normalised=normalised,
+        norms=norms,
+        nearest=nearest,
+        pulls=pulls,
+        dx=dx,
+        rows=dx.shape[0],
+        channels=dx.shape[1],
+        eps=eps,
+    )
+    return dx
+
+
 def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, ...]:
     """Losses [B], unit rows [B, C], lengths [B], nearest rows [B], pulls [B]."""
     rows, channels = x.shape
@@ -145,12 +198,18 @@ def _gradient(ctx: Any, gradients: Tensor, *_: Tensor) -> tuple[Tensor, None, No
 _KEPT = "Tensor normalised, Tensor norms, Tensor nearest, Tensor pulls"
 _backward = declare(
     f"koleo_backward(Tensor gradients, {_KEPT}, float eps, str backend) -> Tensor",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_native_cpu,
+        ("native", "cuda"): _backward_native_cuda,
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     "koleo(Tensor x, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_native_cpu,
+        ("native", "cuda"): _forward_native_cuda,
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,
