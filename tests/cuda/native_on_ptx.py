@@ -130,6 +130,8 @@ def signature(mangled: str) -> str:
     plain = demangle(mangled.encode(), None, None, ctypes.byref(status)).decode()
     for noise in ("dinov2_fast::", "(anonymous namespace)::", "KernelName<&(", "void "):
         plain = plain.replace(noise, "")
+    if plain.startswith("KernelName<&"):  # of a kernel that is no template: without parameters
+        return plain.removeprefix("KernelName<&").removesuffix(">")
     return plain[: plain.rindex("(")]
 
 
