@@ -32,7 +32,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "gelu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
-    "koleo": {"cpu": ("native", "reference"), "cuda": ("reference", "native")},
+    "koleo": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
 }
 
@@ -58,6 +58,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("koleo", "native", "cpu"): (torch.float32,),
     ("koleo", "native", "cuda"): (torch.float32,),
+    ("koleo", "triton", "cuda"): (torch.float32,),
     ("optimizer", "native", "cpu"): (torch.float32,),
     ("optimizer", "native", "cuda"): (torch.float32,),
     ("optimizer", "triton", "cuda"): (torch.float32,),
