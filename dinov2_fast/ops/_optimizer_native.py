@@ -58,16 +58,13 @@ def step(
     ema_parameters: Sequence[Tensor] | None,
     *,
     gradient_scale: Tensor | float,
-    skip: None,
+    skip: Tensor | None,
     copies: Sequence[Tensor | None] = (),
     ema_copies: Sequence[Tensor | None] = (),
     **numbers: float,
 ) -> None:
-    """The step of every parameter, in place; arguments as in `adamw_ema_step`.
-
-    A step on the CPU is skipped by its caller.
-    """
-    del skip
+    """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
+    assert skip is None  # it can be read on the CPU, and the step left out altogether
     teachers = () if ema_parameters is None else ema_parameters
     # Autograd does not see writes through pointers, and must refuse what saved the old values.
     written = [copy for copy in (*copies, *ema_copies) if copy is not None]
