@@ -17,7 +17,9 @@ from tools.simt import Fault
 from tools.simt.proofs.deletions import synchronises, without
 
 EPS = 1e-8
-SMALL, LARGE = 35, 515  # the batch sizes of each tile's kernel; neither is whole tiles
+# Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
+# last is empty.
+SMALL, LARGE = 19, 515
 SHAPES = [
     (SMALL, 384),  # ViT-S's width
     (SMALL, 77),  # no whole vectors, one channel at a time; past the 64 that are held at once
@@ -79,7 +81,7 @@ def test_kernels_match_the_reference(shape: tuple[int, int], arch: int):
         )
 
 
-@pytest.mark.parametrize("rows", [SMALL, LARGE])
+@pytest.mark.parametrize("rows", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
 def test_the_lowest_of_equal_rows_is_found(rows: int):
     # Five of each: they are in other lanes, warps, tiles and splits.
     kinds = torch.arange(rows) % (rows // 5)
@@ -116,17 +118,17 @@ def test_the_tile_of_a_batch_changes_no_nearest_row():
 
 def test_nan_in_a_row_stays_in_its_loss():
     x = randn(SMALL, 40)
-    x[20] = x[3].neg()  # nobody's nearest, with or without NaN
+    x[15] = x[3].neg()  # nobody's nearest, with or without NaN
     clean, _ = execute(x)
-    x[20, 7] = torch.nan
+    x[15, 7] = torch.nan
     dirty, _ = execute(x)
-    others = torch.arange(SMALL) != 20
-    assert dirty["losses"][20].isnan()
+    others = torch.arange(SMALL) != 15
+    assert dirty["losses"][15].isnan()
     for name in ("losses", "nearest"):
         assert torch.equal(dirty[name][others], clean[name][others])
     # Without a nearest row it takes the first, which its pull then reaches.
-    assert dirty["nearest"][20] == 0
-    others[[0, int(clean["nearest"][20])]] = False
+    assert dirty["nearest"][15] == 0
+    others[[0, int(clean["nearest"][15])]] = False
     assert torch.equal(dirty["dx"][others], clean["dx"][others])
 
 
@@ -145,7 +147,7 @@ def test_warps_touch_whole_sectors_and_no_banks_conflict():
 
 
 @pytest.mark.parametrize(
-    "shape", [(33, 132), pytest.param((LARGE, 36), marks=pytest.mark.slow)], ids=str
+    "shape", [(SMALL, 132), pytest.param((LARGE, 36), marks=pytest.mark.slow)], ids=str
 )
 def test_every_deleted_barrier_and_wait_is_reported(shape: tuple[int, int]):
     x = randn(*shape)

@@ -86,8 +86,7 @@ def run_step(lists: Lists, *, scale: Any = 0.5, skip: Any = None, **options: Any
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("offset", "dtype"), [(0, torch.bfloat16), (1, torch.float16)], ids=str)
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_tensors_of_any_size_match_the_reference(arch: int, offset: int, dtype: torch.dtype):
     storages: list[tuple[Tensor, Tensor]] = []
