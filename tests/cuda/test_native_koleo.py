@@ -94,6 +94,12 @@ def test_the_lowest_of_equal_rows_is_found(rows: int):
     assert torch.equal(out["dx"], torch.zeros_like(x))
 
 
+def test_opposite_rows_prefer_each_other_to_what_fills_a_tile():
+    x = randn(1, 5)
+    out, _ = execute(torch.cat([x, -x]))  # their product is -1, that of rows of zeros 0
+    assert out["nearest"].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("channels", [80, pytest.param(77, marks=pytest.mark.slow)])
 def test_no_order_of_warps_and_no_number_of_splits_changes_a_bit(channels: int):
     x = randn(SMALL, channels)

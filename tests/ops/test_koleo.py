@@ -106,6 +106,11 @@ def test_the_lowest_index_wins_a_tie(backend: str, device: str):
     assert torch.equal(x.grad[2:], torch.zeros(2, 2, device=device))
 
 
+def test_opposite_rows_are_nearest_to_each_other(backend: str, device: str):
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=device)
+    torch.testing.assert_close(koleo(x, backend=backend).item(), -math.log(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_equal_rows_give_a_finite_loss_and_no_gradient(
     dtype: torch.dtype, backend: str, device: str
