@@ -19,7 +19,7 @@ SHAPES = [(64, 384), (128, 1024)]
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=CPU_ROW), pytest.param("cuda", marks=GPU_ROW)]
 )
-@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "compiled reference", "native", "triton"])
 def test_koleo(benchmark: Any, backend: str, device: str, shape: tuple[int, int]):
     skip_unless_available("koleo", backend.removeprefix("compiled "), device)
     generator = torch.Generator().manual_seed(0)

@@ -81,7 +81,7 @@ def of_ours(
 
 
 @pytest.mark.parametrize("device", CASES)
-@pytest.mark.parametrize("backend", ["reference", TORCH_FUSED, "native"])
+@pytest.mark.parametrize("backend", ["reference", TORCH_FUSED, "native", "triton"])
 def test_adamw_ema_step(benchmark: Any, backend: str, device: str):
     of_pytorch = backend == TORCH_FUSED
     skip_unless_available("optimizer", "reference" if of_pytorch else backend, device)
@@ -106,7 +106,7 @@ def test_adamw_ema_step(benchmark: Any, backend: str, device: str):
 
 
 @pytest.mark.parametrize("device", CASES)
-@pytest.mark.parametrize("backend", ["reference", "torch foreach", "native"])
+@pytest.mark.parametrize("backend", ["reference", "torch foreach", "native", "triton"])
 def test_gradient_norm(benchmark: Any, backend: str, device: str):
     of_pytorch = backend == "torch foreach"
     skip_unless_available("optimizer", "reference" if of_pytorch else backend, device)

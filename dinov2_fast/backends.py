@@ -32,8 +32,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "gelu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "sinkhorn": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "cross_entropy": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
-    "koleo": {"cpu": ("native", "reference"), "cuda": ("reference",)},
-    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "koleo": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
+    "optimizer": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
 }
 
 # Float types a kernel takes: (op, backend, device type). The reference takes every float type.
@@ -59,7 +59,10 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("cross_entropy", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("cross_entropy", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("koleo", "native", "cpu"): (torch.float32,),
+    ("koleo", "native", "cuda"): (torch.float32,),
+    ("koleo", "triton", "cuda"): (torch.float32,),
     ("optimizer", "native", "cpu"): (torch.float32,),
+    ("optimizer", "native", "cuda"): (torch.float32,),
     ("optimizer", "triton", "cuda"): (torch.float32,),
 }
 

@@ -2,6 +2,7 @@
 // and the bfloat16 copies of both in one pass over memory, and the gradient norm. Tensors are cut
 // into chunks of a fixed size, so that threads share them evenly and no sum depends on how many
 // threads there are.
+#include "adamw.hpp"
 #include "cpu/rows.hpp"
 #include "keywords.hpp"
 
@@ -28,28 +29,12 @@ struct Chunk {
   int64_t begin, end; // elements of the tensor
 };
 
-// a + weight (b - a), from the nearer end: weight 0 gives a and weight 1 gives b, exactly.
-struct Lerp {
-  explicit Lerp(double weight)
-      : from_b(weight >= 0.5), factor(static_cast<float>(weight >= 0.5 ? weight - 1.0 : weight)) {}
-
-  [[gnu::always_inline]] inline float operator()(float a, float b) const {
-    return (from_b ? b : a) + factor * (b - a);
-  }
-
-  bool from_b;
-  float factor;
-};
-
 struct Step {
   const uintptr_t *parameters, *gradients, *exp_avgs, *exp_avg_sqs;
   const uintptr_t* ema_parameters; // null without a teacher
   const uintptr_t* copies;         // null without copies; of a tensor that has none, 0
   const uintptr_t* ema_copies;     // those of the teacher
-  Lerp first_moment, ema;
-  float gradient_scale, beta2, one_minus_beta2;
-  float root_correction; // sqrt(1 - beta2^step)
-  float eps, decay, rate;
+  AdamW numbers;
 };
 
 struct StepKernel {
@@ -65,7 +50,7 @@ struct StepKernel {
     bfloat16* __restrict copy = with_copy ? reinterpret_cast<bfloat16*>(s.copies[tensor]) : nullptr;
     bfloat16* __restrict teacher_copy =
         with_copy && with_ema ? reinterpret_cast<bfloat16*>(s.ema_copies[tensor]) : nullptr;
-    const Step local = s; // stores to floats cannot change it: its members stay in registers
+    const AdamW local = s.numbers; // stores to floats cannot change it: it stays in registers
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) {
       const float g = gradient[i] * local.gradient_scale;
@@ -194,11 +179,7 @@ void optimizer_step(const py::kwargs& a) {
   const auto copies = keyword<Pointers>(a, "copies");
   const auto ema_copies = keyword<Pointers>(a, "ema_copies");
   const bool with_ema = keyword<bool>(a, "with_ema");
-  const double lr = keyword<double>(a, "lr"), weight_decay = keyword<double>(a, "weight_decay");
-  const double beta1 = keyword<double>(a, "beta1"), beta2 = keyword<double>(a, "beta2");
-  const int64_t step = keyword<int64_t>(a, "step");
   require_sizes(op, sizes, threads);
-  require(step >= 1, op, "step must be at least 1, got " + std::to_string(step));
   require_pointers(op, "parameters", parameters, sizes);
   require_pointers(op, "gradients", gradients, sizes);
   require_pointers(op, "exp_avgs", exp_avgs, sizes);
@@ -210,7 +191,6 @@ void optimizer_step(const py::kwargs& a) {
   for (size_t i = 0; with_ema && i < copies.size(); ++i)
     require(!ema_copies.empty() && (copies[i] == 0) == (ema_copies[i] == 0), op,
             "ema_copies must hold a pointer where copies do");
-  const double n = static_cast<double>(step);
   const Step s{parameters.data(),
                gradients.data(),
                exp_avgs.data(),
@@ -218,15 +198,7 @@ void optimizer_step(const py::kwargs& a) {
                with_ema ? ema_parameters.data() : nullptr,
                copies.empty() ? nullptr : copies.data(),
                ema_copies.data(),
-               Lerp(1.0 - beta1),
-               Lerp(1.0 - keyword<double>(a, "momentum")),
-               static_cast<float>(keyword<double>(a, "gradient_scale")),
-               static_cast<float>(beta2),
-               static_cast<float>(1.0 - beta2),
-               static_cast<float>(std::sqrt(1.0 - std::pow(beta2, n))),
-               static_cast<float>(keyword<double>(a, "eps")),
-               static_cast<float>(1.0 - lr * weight_decay),
-               static_cast<float>(-lr / (1.0 - std::pow(beta1, n)))};
+               adamw_of(op, a)};
   auto* run = at_level<StepKernel, Step>(choose_level(op, keyword<std::string>(a, "level")));
   const py::gil_scoped_release release;
   parallel_chunks(chunks_of(sizes), threads, [&](int64_t, const Chunk& chunk) {

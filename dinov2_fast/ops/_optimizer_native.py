@@ -25,15 +25,15 @@ def refusal(*, device: torch.device, **lists: Sequence[Tensor] | None) -> str:
     return ""
 
 
-def norm_cpu(gradients: Sequence[Tensor]) -> Tensor:
+def norm(gradients: Sequence[Tensor]) -> Tensor:
     """0-d float32 norm of all gradients; squares are summed in float64, chunk by chunk."""
-    norm = native.module().optimizer_norm_cpu(
+    total = native.module().optimizer_norm_cpu(
         tensors=_pointers(gradients),
         sizes=[gradient.numel() for gradient in gradients],
         threads=torch.get_num_threads(),
         level=environment.cpu_level(),
     )
-    return torch.tensor(norm, dtype=torch.float32)
+    return torch.tensor(total, dtype=torch.float32)
 
 
 def takes_copies(
@@ -50,7 +50,7 @@ def takes_copies(
     return [copy is None for copy in copies] == [copy is None for copy in ema_copies]
 
 
-def step_cpu(
+def step(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -58,11 +58,13 @@ def step_cpu(
     ema_parameters: Sequence[Tensor] | None,
     *,
     gradient_scale: Tensor | float,
+    skip: Tensor | None,
     copies: Sequence[Tensor | None] = (),
     ema_copies: Sequence[Tensor | None] = (),
     **numbers: float,
 ) -> None:
     """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
+    assert skip is None  # it can be read on the CPU, and the step left out altogether
     teachers = () if ema_parameters is None else ema_parameters
     # Autograd does not see writes through pointers, and must refuse what saved the old values.
     written = [copy for copy in (*copies, *ema_copies) if copy is not None]

@@ -12,6 +12,13 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native_cpu import refusals, run_cpu
+from dinov2_fast.ops._native_cuda import run_cuda
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, for_triton
+
+# Parts of the keys that multiprocessors search side by side, and keys of a part at least. Both
+# depend on the batch alone; no result depends on either.
+_MAX_SPLITS, _SPLIT_KEYS = 16, 16
+_MAX_TRITON_CHANNELS = 8192  # of kernels/koleo.py, whose backward holds a row whole
 
 
 def koleo_reference(x: Tensor, *, eps: float) -> Tensor:
@@ -57,13 +64,23 @@ def koleo(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> Tensor
     check_tensor("koleo", "x", x, "B", "C")
     check_positive("koleo", eps=eps)
     x = x.to(accumulation_dtype(x))
-    chosen = choose_backend("koleo", x, backend, refusals=refusals({"x": x}, {}))
+    chosen = choose_backend("koleo", x, backend, refusals=_refusals(x))
     if x.shape[0] < 2:
         return x[:0].sum()  # keeps the graph, and ignores what the only row holds
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             return koleo_reference(x, eps=eps)
         return _forward(x, eps, chosen)[0].mean(dtype=torch.float64).to(x.dtype)
+
+
+def _refusals(x: Tensor) -> dict[str, str]:
+    """Why kernels cannot take these rows, as `choose_backend` wants it."""
+    refused = refusals({"x": x}, {})
+    refused |= for_triton(refused)
+    if x.shape[1] > _MAX_TRITON_CHANNELS:
+        why = f"x must have at most {_MAX_TRITON_CHANNELS} channels, got {x.shape[1]}"
+        refused.setdefault("triton", why)
+    return refused
 
 
 def _forward_native_cpu(x: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -111,6 +128,82 @@ def _backward_native_cpu(
     return dx
 
 
+def _forward_native_cuda(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Losses [B], and what the backward needs of the rows; native on x's GPU."""
+    outputs = _forward_fake(x, eps)
+    losses, normalised, norms, nearest, pulls = outputs
+    num_splits = min(-(-x.shape[0] // _SPLIT_KEYS), _MAX_SPLITS)
+    run_cuda(
+        "koleo_forward_cuda",
+        x=x,
+        losses=losses,
+        normalised=normalised,
+        norms=norms,
+        nearest=nearest,
+        pulls=pulls,
+        bests=x.new_empty((x.shape[0], num_splits), dtype=torch.int64),
+        rows=x.shape[0],
+        channels=x.shape[1],
+        num_splits=num_splits,
+        x_row_stride=x.stride(0),
+        eps=eps,
+    )
+    return outputs
+
+
+def _backward_native_cuda(
+    gradients: Tensor,
+    normalised: Tensor,
+    norms: Tensor,
+    nearest: Tensor,
+    pulls: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of x; native on its GPU."""
+    dx = torch.empty_like(normalised)
+    run_cuda(
+        "koleo_backward_cuda",
+        gradients=gradients.contiguous(),  # autograd expands that of a mean
+        normalised=normalised,
+        norms=norms,
+        nearest=nearest,
+        pulls=pulls,
+        dx=dx,
+        rows=dx.shape[0],
+        channels=dx.shape[1],
+        eps=eps,
+    )
+    return dx
+
+
+def _forward_triton(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Losses [B], and what the backward needs of the rows; by Triton."""
+    from dinov2_fast.kernels import koleo as kernels
+
+    losses, normalised, norms, nearest, pulls = outputs = _forward_fake(x, eps)
+    with device_of(x):
+        kernels.forward(x, losses, normalised, norms, nearest, pulls, eps)
+    return outputs
+
+
+def _backward_triton(
+    gradients: Tensor,
+    normalised: Tensor,
+    norms: Tensor,
+    nearest: Tensor,
+    pulls: Tensor,
+    eps: float,
+) -> Tensor:
+    """Gradient of x; by Triton."""
+    from dinov2_fast.kernels import koleo as kernels
+
+    dx = torch.empty_like(normalised)
+    with device_of(dx):
+        # Autograd expands the gradient of a mean.
+        kernels.backward(gradients.contiguous(), normalised, norms, nearest, pulls, dx, eps)
+    return dx
+
+
 def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, ...]:
     """Losses [B], unit rows [B, C], lengths [B], nearest rows [B], pulls [B]."""
     rows, channels = x.shape
@@ -145,12 +238,20 @@ def _gradient(ctx: Any, gradients: Tensor, *_: Tensor) -> tuple[Tensor, None, No
 _KEPT = "Tensor normalised, Tensor norms, Tensor nearest, Tensor pulls"
 _backward = declare(
     f"koleo_backward(Tensor gradients, {_KEPT}, float eps, str backend) -> Tensor",
-    kernels={("native", "cpu"): _backward_native_cpu},
+    kernels={
+        ("native", "cpu"): _backward_native_cpu,
+        ("native", "cuda"): _backward_native_cuda,
+        **dict.fromkeys(TRITON_DEVICES, _backward_triton),
+    },
     fake=_backward_fake,
 )
 _forward = declare(
     "koleo(Tensor x, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernels={("native", "cpu"): _forward_native_cpu},
+    kernels={
+        ("native", "cpu"): _forward_native_cpu,
+        ("native", "cuda"): _forward_native_cuda,
+        **dict.fromkeys(TRITON_DEVICES, _forward_triton),
+    },
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

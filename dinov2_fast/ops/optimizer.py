@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
-from dinov2_fast.ops import _optimizer_native, _optimizer_triton
+from dinov2_fast.ops import _optimizer_cuda, _optimizer_native, _optimizer_triton
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive
+from dinov2_fast.ops._native_cpu import on_cuda
 from dinov2_fast.ops._optimizer_native import refusal
 
 
@@ -80,7 +81,8 @@ def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) ->
     refusals = _refusals(gradients[0], "", gradients=gradients)
     chosen = choose_backend("optimizer", gradients[0], backend, refusals=refusals)
     if chosen == "native":
-        return _optimizer_native.norm_cpu(gradients)
+        kernels = _optimizer_cuda if on_cuda(gradients[0]) else _optimizer_native
+        return kernels.norm(gradients)
     if chosen == "triton":
         return _optimizer_triton.norm(gradients)
     dtype = accumulation_dtype(*gradients)
@@ -193,10 +195,11 @@ def adamw_ema_step(
     }
     lists = (parameters, gradients, exp_avgs, exp_avg_sqs)
     if chosen == "native":
-        if _optimizer_native.takes_copies(copies, ema_copies, ema_parameters):
+        kernels = _optimizer_cuda if on_cuda(parameters[0]) else _optimizer_native
+        if kernels.takes_copies(copies, ema_copies, ema_parameters):
             numbers |= {"copies": copies, "ema_copies": ema_copies}
             copies = ema_copies = ()
-        _optimizer_native.step_cpu(*lists, ema_parameters, **numbers)
+        kernels.step(*lists, ema_parameters, **numbers, skip=skip)
     elif chosen == "triton":
         _optimizer_triton.step(*lists, ema_parameters, **numbers, skip=skip)
     else:

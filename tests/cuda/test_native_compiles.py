@@ -14,16 +14,21 @@ from tools.simt.compile import extension_folders
 ROOT = Path(__file__).parents[2]
 # Kernels of a file. Types of one op: 3; of stream and branch: 7; each in vectors and in elements.
 # Second passes, which put together what CTAs have summed, are of one type and one form.
+# KoLeo's search has two tiles; the optimizer's kernels choose a width for every tensor.
 KERNELS = {
     "cross_entropy": 2 * 3 * 2 + 1,
     "gelu": 2 * 3 * 2,
+    "koleo": (3 + 2) * 2,
     "layer_norm": 2 * 7 * 2,
     "sinkhorn": 2 * 3 * 2 + 2,
+    "optimizer": 3,
     "stochastic_depth": 2 * 7 * 2,
     "swiglu": 2 * 3 * 2,
 }
 # 65536 registers of an SM / (2048 resident threads / 2): half occupancy hides the memory's latency.
 MAX_REGISTERS = 64
+# KoLeo's search hides latency by independent products in registers, not by more threads.
+MAX_REGISTERS_OF = {"koleo": 128}
 
 pytest.importorskip("pybind11")
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -60,7 +65,7 @@ def test_kernels_fit_in_registers_without_spills(compiled: tuple[str, str, str])
     assert spills == [("0", "0", "0")] * KERNELS[stem]
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
     assert len(registers) == KERNELS[stem]
-    assert max(registers) <= MAX_REGISTERS
+    assert max(registers) <= MAX_REGISTERS_OF.get(stem, MAX_REGISTERS)
 
 
 def test_rows_of_whole_vectors_are_moved_in_vectors(compiled: tuple[str, str, str]):
@@ -69,12 +74,13 @@ def test_rows_of_whole_vectors_are_moved_in_vectors(compiled: tuple[str, str, st
     assert len(kernels) == KERNELS[stem]
     for name, body in kernels:
         vectors = re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.v[24]\.\w+", body)
+        vectors += re.findall(r"cp\.async\.\w+\.shared\.global \[[^\]]+\], \[[^\]]+\], 16", body)
         halves = re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16", body)
         assert not re.search(r"\b(?:atom|red)\.", body), name  # sums have a fixed order
         if "finish_kernel" in name:
             assert not halves, name
         elif "Li1E" in name:  # the template argument kVector: one element at a time
             assert not vectors, name
-        else:
+        elif "optimizer_total" not in name:  # which adds one number a chunk
             assert vectors, name
-            assert not halves, name
+            assert stem == "optimizer" or not halves, name

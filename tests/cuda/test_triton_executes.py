@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 # What compiles or checks schemas launches nothing new.
 CHOSEN = "triton and not compil and not opcheck and not gradcheck"
 STEMS = (
-    *("attention", "cross_entropy", "gelu", "layer_norm", "optimizer", "sinkhorn"),
-    *("stochastic_depth", "swiglu"),
+    *("attention", "cross_entropy", "gelu", "koleo", "layer_norm", "optimizer"),
+    *("sinkhorn", "stochastic_depth", "swiglu"),
 )
 # Part of two of them in every run: plain kernels, and products of bfloat16 by wgmma.
 QUICK = {

@@ -6,25 +6,27 @@
 namespace dinov2_fast {
 
 constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
 
-__device__ inline float warp_sum(float x) {
+// The same bits in every lane: both partners of an exchange add the same two numbers.
+template <typename T> __device__ T warp_sum(T x) {
 #pragma unroll
   for (int lane = kLanes / 2; lane > 0; lane /= 2)
-    x += __shfl_xor_sync(0xffffffff, x, lane);
-  return x; // the same bits in every lane: both partners add the same two numbers
+    x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
 }
 
 // NaN never wins.
 __device__ inline float warp_max(float x) {
 #pragma unroll
   for (int lane = kLanes / 2; lane > 0; lane /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lane));
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
   return x;
 }
 
 struct Sum {
-  __device__ static float of_warp(float x) { return warp_sum(x); }
-  __device__ static float of_two(float a, float b) { return a + b; }
+  template <typename T> __device__ static T of_warp(T x) { return warp_sum(x); }
+  template <typename T> __device__ static T of_two(T a, T b) { return a + b; }
 };
 
 struct Max {
@@ -34,8 +36,8 @@ struct Max {
 
 // N values over the threads of a CTA, the same bits in each. Two calls need two buffers, or a
 // barrier between them.
-template <typename Reduction, int N>
-__device__ void block_reduce(float (&x)[N], float (*of_warps)[N]) {
+template <typename Reduction, typename T, int N>
+__device__ void block_reduce(T (&x)[N], T (*of_warps)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i)
     x[i] = Reduction::of_warp(x[i]);

@@ -1,0 +1,184 @@
+"""The CUDA kernels of csrc/cuda/koleo.cu, launched by their host code and executed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast.ops import koleo as op
+from dinov2_fast.ops._native_cuda import run_cuda
+from tests.cuda import native_on_ptx
+from tests.inputs import randn
+from tests.tolerance import assert_within_error_budget
+from tools.simt import Fault
+from tools.simt.proofs.deletions import synchronises, without
+
+EPS = 1e-8
+# Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
+# last is empty.
+SMALL, LARGE = 19, 515
+SHAPES = [
+    (SMALL, 384),  # ViT-S's width
+    (SMALL, 77),  # no whole vectors, one channel at a time; past the 64 that are held at once
+    (LARGE, 36),  # a vector past the 32 channels that are held at once
+    (2, 3),  # the fewest images
+    pytest.param((LARGE, 33), marks=pytest.mark.slow),
+    pytest.param((64, 1024), marks=pytest.mark.slow),  # ViT-L's batch per GPU
+    pytest.param((SMALL, 1536), marks=pytest.mark.slow),  # ViT-g's width
+]
+Outputs = dict[str, Tensor]
+
+pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
+
+
+def execute(x: Tensor, *, num_splits: int = 3, **options: Any) -> tuple[Outputs, list[Any]]:
+    """What the kernels compute of strided rows, forward and backward, and the launches' results."""
+    rows, channels = x.shape
+    losses, norms, pulls = (torch.full((rows,), torch.nan) for _ in range(3))
+    normalised, dx = (torch.full((rows, channels), torch.nan) for _ in range(2))
+    nearest = torch.full((rows,), -1)
+    bests = torch.full((rows, num_splits), -1)
+    kept = {"normalised": normalised, "norms": norms, "nearest": nearest, "pulls": pulls}
+    kept |= {"rows": rows, "channels": channels, "eps": EPS}
+    sizes: Any = {"num_splits": num_splits, "x_row_stride": x.stride(0)}
+    with native_on_ptx.native_on_ptx(**options) as results:
+        run_cuda("koleo_forward_cuda", x=x, losses=losses, bests=bests, **kept, **sizes)
+        gradients = torch.full((rows,), 1 / rows)
+        run_cuda("koleo_backward_cuda", gradients=gradients, dx=dx, **kept)
+    return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
+
+
+def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient."""
+    leaf = x.clone().requires_grad_()
+    loss = op.koleo_reference(leaf, eps=EPS)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def same(a: Outputs, b: Outputs) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_match_the_reference(shape: tuple[int, int], arch: int):
+    rows, channels = shape
+    # Rows further apart than they are long, with NaN in between, which no kernel may read.
+    wide = torch.full((rows, channels + 4), torch.nan)
+    wide[:, :channels] = x = randn(rows, channels)
+    out, results = execute(wide[:, :channels], arch=arch)
+    assert len(results) == 4
+    low, truth = reference(x), reference(x.double())
+    for name, found, low_precision, exact in (
+        ("loss", out["losses"].double().mean().float(), low[0], truth[0]),
+        ("gradient", out["dx"], low[1], truth[1]),
+    ):
+        assert_within_error_budget(
+            found, low_precision=low_precision, truth=exact, name=f"koleo.{name}"
+        )
+
+
+@pytest.mark.parametrize("rows", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
+def test_the_lowest_of_equal_rows_is_found(rows: int):
+    # Five of each: they are in other lanes, warps, tiles and splits.
+    kinds = torch.arange(rows) % (rows // 5)
+    kinds = kinds[torch.randperm(rows)]
+    x = randn(rows // 5, 40)[kinds]
+    out, _ = execute(x)
+    equal = kinds[:, None] == kinds[None, :]
+    expected = equal.fill_diagonal_(False).int().argmax(dim=1)
+    assert torch.equal(out["nearest"], expected)
+    assert torch.equal(out["dx"], torch.zeros_like(x))
+
+
+def test_opposite_rows_prefer_each_other_to_what_fills_a_tile():
+    x = randn(1, 5)
+    out, _ = execute(torch.cat([x, -x]))  # their product is -1, that of rows of zeros 0
+    assert out["nearest"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("channels", [80, pytest.param(77, marks=pytest.mark.slow)])
+def test_no_order_of_warps_and_no_number_of_splits_changes_a_bit(channels: int):
+    x = randn(SMALL, channels)
+    expected, _ = execute(x)
+    for options in ({"num_splits": 1, "schedule": 1}, {"num_splits": 16}):
+        found, _ = execute(x, **options)
+        assert same(found, expected), options
+
+
+@pytest.mark.slow
+def test_the_tile_of_a_batch_changes_no_nearest_row():
+    # Rows that are added point away from all others: nearest to nobody but their like.
+    x = randn(SMALL, 8)
+    few, _ = execute(torch.nn.functional.pad(x, (0, 1)))
+    more = torch.zeros(LARGE - SMALL, 9)
+    more[:, 8] = 1.0
+    many, _ = execute(torch.cat([torch.nn.functional.pad(x, (0, 1)), more]))
+    near = many["nearest"][:SMALL]
+    assert torch.equal(near, few["nearest"])
+    assert torch.equal(many["losses"][:SMALL], few["losses"])
+
+
+def test_nan_in_a_row_stays_in_its_loss():
+    x = randn(SMALL, 40)
+    x[15] = x[3].neg()  # nobody's nearest, with or without NaN
+    clean, _ = execute(x)
+    x[15, 7] = torch.nan
+    dirty, _ = execute(x)
+    others = torch.arange(SMALL) != 15
+    assert dirty["losses"][15].isnan()
+    for name in ("losses", "nearest"):
+        assert torch.equal(dirty[name][others], clean[name][others])
+    # Without a nearest row it takes the first, which its pull then reaches.
+    assert dirty["nearest"][15] == 0
+    others[[0, int(clean["nearest"][15])]] = False
+    assert torch.equal(dirty["dx"][others], clean["dx"][others])
+
+
+def test_warps_touch_whole_sectors_and_no_banks_conflict():
+    rows = 16
+    _, results = execute(randn(rows, 512), profile=True)
+    for result in results:
+        for kind in ("load", "store"):
+            sectors = result.counters[f"global sectors, {kind}"]
+            wasted = sectors * 32 - result.counters[f"global bytes, {kind}"]
+            # Numbers of a row, and of the rows that pull at it, take sectors of their own.
+            assert wasted <= 32 * 24 * rows
+        for kind in ("load", "store", "copy"):
+            passes = result.counters.get(f"shared passes, {kind}", 0)
+            assert passes == result.counters.get(f"shared passes, {kind}, ideal", 0)
+
+
+@pytest.mark.parametrize(
+    "shape", [(SMALL, 132), pytest.param((LARGE, 36), marks=pytest.mark.slow)], ids=str
+)
+def test_every_deleted_barrier_and_wait_is_reported(shape: tuple[int, int]):
+    x = randn(*shape)
+    _, results = execute(x)
+    found = [inst for r in results for inst, n in r.instructions if n and synchronises(inst)]
+    assert len(found) >= 5  # two barriers, a commit and a wait of the search; of the gradient
+    for inst in found:
+        with pytest.raises(Fault):
+            execute(x, edit=lambda ptx, inst=inst: without(ptx, inst))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 1}, r"rows must be in \[2, "),
+        ({"channels": 0}, "channels must be at least 1"),
+        ({"num_splits": 0}, r"num_splits must be in \[1, 65535\]"),
+        ({"bests": None}, "bests must not be a null pointer"),
+        ({"x_row_stride": -1}, "x: expected a row stride of at least 0"),
+    ],
+)
+def test_the_binding_rejects_what_it_cannot_compute(changes: dict[str, Any], message: str):
+    x, vector, numbers = torch.ones(2, 4), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    good = {"x": x, "losses": vector, "normalised": x.clone(), "norms": vector, "pulls": vector}
+    good |= {"nearest": numbers, "bests": numbers, "rows": 2, "channels": 4, "num_splits": 1}
+    good |= {"x_row_stride": 4, "eps": EPS}
+    with native_on_ptx.native_on_ptx(), pytest.raises(ValueError, match=message):
+        run_cuda("koleo_forward_cuda", **(good | changes))
