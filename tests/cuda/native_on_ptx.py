@@ -9,9 +9,17 @@ import os
 from typing import Any
 
 from tools import simt
-from tools.simt.native_launch import SOURCES, entry_of, native_on_ptx, ptx_of, why_not
+from tools.simt.native_launch import (
+    SOURCES,
+    alone,
+    deletions,
+    entry_of,
+    native_on_ptx,
+    ptx_of,
+    why_not,
+)
 
-__all__ = ["SOURCES", "entry_of", "native_on_ptx", "ptx_of", "why_not"]
+__all__ = ["SOURCES", "alone", "deletions", "entry_of", "native_on_ptx", "ptx_of", "why_not"]
 
 RESULTS: list[simt.Result] = []
 

@@ -22,7 +22,6 @@ from tools.kernel_report.row_cases import (
     run_swiglu,
 )
 from tools.simt import Fault
-from tools.simt.proofs.deletions import synchronises, without
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
 
@@ -166,13 +165,8 @@ def test_warps_touch_whole_sectors(op: str):
 def test_every_deleted_barrier_is_reported(op: str):
     sizes = (ROWS, 512)  # several warps, several rows a CTA where rows share one
     _, results = execute(op, sizes, STREAM_AND_BRANCH[0])
-    barriers = [inst for r in results for inst, n in r.instructions if n and synchronises(inst)]
-    assert barriers
-    for barrier in barriers:
+    deletions = list(native_on_ptx.deletions(results))
+    assert deletions
+    for deletion in deletions:
         with pytest.raises(Fault):
-            execute(
-                op,
-                sizes,
-                STREAM_AND_BRANCH[0],
-                edit=lambda ptx, barrier=barrier: without(ptx, barrier),
-            )
+            execute(op, sizes, STREAM_AND_BRANCH[0], edit=deletion)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from dinov2_fast.ops import _native_cuda
 from tools import simt
 from tools.simt.compile import extension_folders
 from tools.simt.parse import parse
+from tools.simt.program import Inst
+from tools.simt.proofs.deletions import synchronises, without
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -113,8 +116,38 @@ def entry_of(function: str, kernel: str, arch: int) -> tuple[str, str]:
         ptx = ptx_of(source, arch)
         for entry in parse(ptx).kernels:
             if signature(entry) == wanted:
-                return ptx, entry
+                return alone(ptx, entry), entry
     raise LookupError(f"native_on_ptx: no kernel {wanted} in the files of {stem}")
+
+
+def deletions(results: Iterable[simt.Result]) -> Iterator[Callable[[str], str]]:
+    """Edits that each take one executed wait or barrier out of the kernels of these launches.
+
+    Args:
+        results: of launches inside `native_on_ptx`, whose `edit` they are for.
+    """
+
+    def delete(ptx: str, name: str, inst: Inst) -> str:
+        return without(ptx, inst) if f".entry {name}(" in ptx else ptx
+
+    for result in results:
+        for inst, count in result.instructions:
+            if count and synchronises(inst):
+                yield functools.partial(delete, name=result.kernel.name, inst=inst)
+
+
+def alone(ptx: str, entry: str) -> str:
+    """The PTX without the other entries, on the same lines: an edited one is soon parsed again.
+
+    Args:
+        ptx: of a file.
+        entry: the one that stays.
+    """
+
+    def emptied(found: re.Match[str]) -> str:
+        return found[0] if found[1] == entry else "\n" * found[0].count("\n")
+
+    return re.sub(r"^(?:\.visible )?\.entry (\w+)\(.*?^}$", emptied, ptx, flags=re.M | re.S)
 
 
 def signature(mangled: str) -> str:
@@ -126,6 +159,8 @@ def signature(mangled: str) -> str:
     demangle.restype = ctypes.c_char_p
     status = ctypes.c_int()
     plain = demangle(mangled.encode(), None, None, ctypes.byref(status)).decode()
-    for noise in ("dinov2_fast::", "(anonymous namespace)::", "KernelName<&(", "void "):
+    for noise in ("dinov2_fast::", "(anonymous namespace)::", "KernelName<&", "void "):
         plain = plain.replace(noise, "")
-    return plain[: plain.rindex("(")]
+    plain = plain.removeprefix("(")
+    # The type of a kernel without template arguments does not spell its parameters out.
+    return plain[: plain.rindex("(")] if "(" in plain else plain.removesuffix(">")
