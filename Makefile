@@ -1,6 +1,7 @@
 # Each target does its own set-up: a virtual environment in .venv, made once and refreshed when the
 # metadata or the extension's sources change. Tests marked slow run with `make nightly`. JOBS is how
-# many processes share the tests: most of them use one core.
+# many processes share the tests: most of them use one core. `make gpu-check` measures the kernels on
+# a GPU; with DRY_RUN=1 it says how.
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= -m "not slow"
@@ -12,7 +13,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt dinov2_fast/__init__.py \
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 BIN := $(VENV)/bin
 
-.PHONY: build format check test nightly bench clean demo
+.PHONY: build format check test nightly bench gpu-check clean demo
 
 build: $(VENV)/installed-dev
 
@@ -41,6 +42,9 @@ nightly: test bench
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu-check: $(VENV)/installed-dev
+	$(BIN)/python -m tools.gpu_check $(if $(DRY_RUN),--dry-run)
 
 demo: $(VENV)/installed-demo
 	$(BIN)/dinov2-fast demo --out $(OUT)

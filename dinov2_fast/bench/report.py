@@ -168,7 +168,8 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _step_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["model", "K", "B", "dtype", "speed", "speed, tuned", "memory", "kept"]
+    header = ["model", "K", "B", "dtype", "backend"]
+    header += ["speed", "speed, tuned", "memory", "kept"]
     header += ["fewer operations", "of the machine: ours, reference", "s a step, MiB"]
     cells = [
         [
@@ -176,6 +177,7 @@ def _step_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['prototypes']:,}",
             str(row["batch_size"]),
             row["dtype"],
+            _asked_backend(row),
             _ranged(row, "speed_ratio"),
             _ranged(row, "speed_ratio_tuned"),
             _ranged(row, "memory_ratio"),
@@ -243,7 +245,13 @@ def _ranged(row: dict[str, Any], key: str) -> str:
 
 def _label(row: dict[str, Any]) -> str:
     model, device = _MODELS.get(row["arch"], row["arch"]), row["device"].replace("cuda", "gpu")
-    return f"{model} {row['dtype']} {row['prototypes'] / 1024:g}k {device.upper()}"
+    label = f"{model} {row['dtype']} {row['prototypes'] / 1024:g}k {device.upper()}"
+    return f"{label} {_asked_backend(row)}".rstrip()
+
+
+def _asked_backend(row: dict[str, Any]) -> str:
+    """The backend that a step was told to take; empty if none."""
+    return row.get("backend", "auto").replace("auto", "")
 
 
 def _machine(row: dict[str, Any]) -> str:

@@ -45,10 +45,11 @@ def compare_steps(
         rounds: fresh processes of each contender, one of each in turn.
         on_measured: told a line about every process that has ended.
     Returns:
-        A row: the setting, `seconds`, `peak_mib` and `saved_mib` by contender (medians) with the
-        single values under `*_all`; `speed_ratio`, `speed_ratio_tuned`, `memory_ratio` and
-        `saved_bytes_ratio`, reference over fast, those of time and peak with the smallest and
-        largest ratio of a round under `*_range`; operations, limits of the machine and hardware.
+        A row: the setting, the `backend` that the environment asks for, `seconds`, `peak_mib` and
+        `saved_mib` by contender (medians) with the single values under `*_all`; `speed_ratio`,
+        `speed_ratio_tuned`, `memory_ratio` and `saved_bytes_ratio`, reference over fast, those of
+        time and peak with the smallest and largest ratio of a round under `*_range`; operations,
+        limits of the machine and hardware.
         Without `reference_tuned` on a GPU, where no C library hands out memory.
     Raises:
         BenchError: a process failed; the message has its last words.
@@ -69,6 +70,7 @@ def compare_steps(
         name: _measured(name, "saved_bytes", setting)["saved_mib"] for name in ("reference", "fast")
     }
     row: dict[str, Any] = {"kind": "step", **dataclasses.asdict(setting), "rounds": rounds}
+    row["backend"] = environment.backend() or environment.preferred_backend() or "auto"
     for unit in ("seconds", "peak_mib"):
         every = {name: [found[unit] for found in each] for name, each in measured.items()}
         row[unit] = {name: statistics.median(each) for name, each in every.items()}

@@ -42,6 +42,7 @@ class Result:
     counters: dict[str, float] = field(default_factory=dict)
     flops: dict[int, int] = field(default_factory=dict)  # PTX line -> matrix FLOPs of a warp
     num_ctas: int = 1
+    dynamic_shared_bytes: int = 0  # of a CTA
 
     @property
     def num_warp_instructions(self) -> int:
@@ -116,7 +117,7 @@ def launch(
     device.write_back()
     executed = [(inst, block.count) for block in batch.blocks for inst in block.insts]
     batch.global_memory.count_touched()
-    return Result(entry, executed, batch.counters, batch.flops, num_ctas)
+    return Result(entry, executed, batch.counters, batch.flops, num_ctas, shared_bytes)
 
 
 def wire(batch: Batch) -> None:

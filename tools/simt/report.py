@@ -57,9 +57,11 @@ def pipe_of(inst: Inst) -> str:
     if inst.op in SPECIAL and kind != "f64":
         return "special" if kind[0] == "f" or "f16" in kind else "integer"
     if inst.op == "cvt":
-        packs = inst.mods and inst.types[0].endswith("x2")
         floats = [t for t in inst.types if t[0] == "f" or t[0] == "b"]
-        return "integer" if packs or not floats else "special"
+        whole = any(mod in ("rni", "rzi", "rmi", "rpi") for mod in inst.mods)
+        # Between float types of at most 32 bits ptxas shifts and packs.
+        moves = len(floats) in (0, 2) and "f64" not in floats and not whole
+        return "integer" if moves else "special"
     if kind == "f64":
         return "fp64"
     arithmetic = inst.op in ("add", "sub", "mul", "fma", "mad")

@@ -1,0 +1,46 @@
+"""Calls that reach every instance of the attention kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from dinov2_fast.ops.attention import attention_backward, attention_forward
+from dinov2_fast.packing import Pack
+from tools.kernel_report import flash_attention
+from tools.kernel_report.cases import Calls, Case, Place, Types, normal
+
+
+def run_attention(sizes: tuple[int, ...], types: Types, place: Place, backend: str) -> Calls:
+    """Sequences of those lengths with one head: views of one qkv tensor, and of its gradient."""
+    pack = Pack.from_lengths(sizes, torch.get_default_device())
+    tokens, width = pack.num_tokens, flash_attention.HEAD_DIM
+    q, k, v = normal(tokens, 3, 1, width).to(types[0]).unbind(1)
+    scale = width**-0.5
+    out, lse = attention_forward(q, k, v, pack, scale=scale, backend=backend)
+    yield "forward", {"out": out, "lse": lse}
+    d_out = normal(tokens, 1, width, seed=1).to(types[0])
+    d_qkv = torch.empty(tokens, 3, 1, width, dtype=types[0])
+    d_q, d_k, d_v = d_qkv.unbind(1)
+    attention_backward(
+        d_out,
+        *(q, k, v, lse, pack),
+        scale=scale,
+        d_q=d_q,
+        d_k=d_k,
+        d_v=d_v,
+        out=out,
+        backend=backend,
+    )
+    yield "backward", {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+
+
+# One head: the lengths that FlashAttention was counted at, one past a tile, two tiles.
+LENGTHS = [*flash_attention.CASES.values(), (65,), (128,)]
+
+CASES = {
+    "attention": [
+        Case(run_attention, lengths, (dtype,))
+        for dtype in (torch.bfloat16, torch.float16)
+        for lengths in LENGTHS
+    ]
+}
