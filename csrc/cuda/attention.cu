@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cstdint>
 #include <limits>
@@ -21,6 +22,7 @@ namespace py = pybind11;
 namespace dinov2_fast {
 namespace {
 
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr int kLongWarps = 4, kShortWarps = 2; // of a CTA; a tile of columns is as long as two
 
 // Neighbouring sequences that one launch computes.
@@ -31,15 +33,20 @@ struct Run {
   int max_keys;
 };
 
-std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers) {
-  require(numbers.size() % 4 == 0, op, "launches must be runs of four numbers");
+std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers, int num_heads) {
+  require(numbers.size() % 4 == 0, op,
+          "launches must be four numbers each, got " + std::to_string(numbers.size()));
   std::vector<Run> runs;
   for (size_t i = 0; i < numbers.size(); i += 4) {
     for (size_t j = i; j < i + 4; ++j)
-      require(numbers[j] >= 0 && numbers[j] <= std::numeric_limits<int>::max(), op,
-              "launches must hold counts below 2^31, got " + std::to_string(numbers[j]));
-    runs.push_back({static_cast<int>(numbers[i]), static_cast<int>(numbers[i + 1]),
-                    static_cast<int>(numbers[i + 2]), static_cast<int>(numbers[i + 3])});
+      require(numbers[j] >= 0 && numbers[j] <= kMaxInt, op,
+              "launches must be counts below 2^31, got " + std::to_string(numbers[j]));
+    const Run run{static_cast<int>(numbers[i]), static_cast<int>(numbers[i + 1]),
+                  static_cast<int>(numbers[i + 2]), static_cast<int>(numbers[i + 3])};
+    const int64_t blocks = std::max(run.max_queries, run.max_keys) / (kShortWarps * kWarpRows) + 1;
+    require(num_heads == 0 || blocks * run.num_sequences <= kMaxInt / num_heads, op,
+            "blocks of a launch must be fewer than 2^31");
+    runs.push_back(run);
   }
   return runs;
 }
@@ -54,8 +61,6 @@ cudaError_t launch_blocks(Params p, const Run& run, int max_rows, int shared_byt
   const int64_t ctas = static_cast<int64_t>(run.num_sequences) * p.num_blocks * p.num_heads;
   if (ctas == 0)
     return cudaSuccess; // a grid of no blocks is an error to CUDA
-  if (ctas > std::numeric_limits<int>::max())
-    return cudaErrorInvalidConfiguration;
   return launch<kernel>(dim3(static_cast<unsigned>(ctas)), dim3(kWarps * kWarp), shared_bytes,
                         stream, p);
 }
@@ -93,50 +98,62 @@ cudaError_t launch_backward(const Params& p, const Run& run, cudaStream_t stream
                                                  : launch_keys<T, kLongWarps>(p, run, stream);
 }
 
-// A [T, H, 64] argument: its pointer and strides in elements.
-Heads heads_of(const py::kwargs& a, const std::string& name) {
-  return {pointer<void>(a, name.c_str()), keyword<int64_t>(a, (name + "_row_stride").c_str()),
-          keyword<int64_t>(a, (name + "_head_stride").c_str())};
-}
-
-void require_heads(const char* op, const char* name, const Heads& heads) {
-  require_pointer(op, name, heads.data);
-  constexpr int64_t kVector = kChunkBytes / 2;
-  require(reinterpret_cast<uintptr_t>(heads.data) % kChunkBytes == 0 &&
-              heads.row_stride % kVector == 0 && heads.head_stride % kVector == 0,
-          op, std::string(name) + " must have its rows at multiples of 16 bytes");
-}
-
 // What both directions take.
 struct Call {
   Params params{};
   std::vector<Run> runs;
+  bool has_queries, has_keys; // else their tensors may be null pointers
   std::string dtype;
   int device;
   cudaStream_t stream;
 };
 
+// A [T, H, 64] argument: its pointer and strides in elements.
+Heads heads_of(const char* op, const py::kwargs& a, const std::string& name, bool needed) {
+  const Heads heads{pointer<void>(a, name.c_str()),
+                    keyword<int64_t>(a, (name + "_row_stride").c_str()),
+                    keyword<int64_t>(a, (name + "_head_stride").c_str())};
+  constexpr int kVector = kChunkBytes / 2;
+  if (needed)
+    require_pointer(op, name.c_str(), heads.data);
+  require(whole_vectors<__half, kVector>(heads.data, heads.row_stride) &&
+              heads.head_stride % kVector == 0,
+          op, name + " must have its heads at multiples of 16 bytes");
+  return heads;
+}
+
 Call call_of(const char* op, const py::kwargs& a) {
   Call call;
   Params& p = call.params;
-  p.q = heads_of(a, "q");
-  p.k = heads_of(a, "k");
-  p.v = heads_of(a, "v");
-  p.out = heads_of(a, "out");
+  p.num_queries = keyword<int64_t>(a, "num_queries");
+  p.num_heads = keyword<int>(a, "num_heads");
+  require_not_negative(op, "num_queries", p.num_queries);
+  require_not_negative(op, "num_heads", p.num_heads);
+  call.runs = runs_of(op, keyword<std::vector<int64_t>>(a, "launches"), p.num_heads);
+  const auto any = [&](int Run::* rows) {
+    return std::any_of(call.runs.begin(), call.runs.end(), [&](const Run& run) {
+      return run.*rows > 0 && run.num_sequences > 0 && p.num_heads > 0;
+    });
+  };
+  call.has_queries = any(&Run::max_queries);
+  call.has_keys = any(&Run::max_keys);
+  p.q = heads_of(op, a, "q", call.has_queries);
+  p.k = heads_of(op, a, "k", call.has_keys);
+  p.v = heads_of(op, a, "v", call.has_keys);
+  p.out = heads_of(op, a, "out", call.has_queries);
   p.lse = pointer<float>(a, "lse");
   p.query_offsets = pointer<const int>(a, "query_offsets");
   p.key_offsets = pointer<const int>(a, "key_offsets");
-  p.num_queries = keyword<int64_t>(a, "num_queries");
-  p.num_heads = keyword<int>(a, "num_heads");
+  if (call.has_queries)
+    require_pointer(op, "lse", p.lse);
+  require_pointer(op, "query_offsets", p.query_offsets);
+  require_pointer(op, "key_offsets", p.key_offsets);
   p.scale = keyword<float>(a, "scale");
   // A masked score is -inf, and -inf * 0 would be NaN: this scale leaves 0 of any finite score.
   p.scale_log2 = p.scale == 0.0f ? FLT_MIN : p.scale * kLog2E;
-  call.runs = runs_of(op, keyword<std::vector<int64_t>>(a, "launches"));
   call.dtype = keyword<std::string>(a, "dtype");
   call.device = keyword<int>(a, "device");
   call.stream = pointer<CUstream_st>(a, "stream");
-  require_not_negative(op, "num_queries", p.num_queries);
-  require_not_negative(op, "num_heads", p.num_heads);
   return call;
 }
 
@@ -158,14 +175,8 @@ template <typename Body> void for_each_run(const char* op, const Call& call, con
 void attention_forward(const py::kwargs& a) {
   constexpr const char* op = "attention_forward_cuda";
   const Call call = call_of(op, a);
-  const Params& p = call.params;
-  if (p.num_queries == 0 || p.num_heads == 0)
-    return;
-  require_heads(op, "q", p.q);
-  require_heads(op, "out", p.out);
-  require_pointer(op, "lse", p.lse);
   for_each_run(op, call, [&](auto type, const Run& run) {
-    return launch_forward<typename decltype(type)::type>(p, run, call.stream);
+    return launch_forward<typename decltype(type)::type>(call.params, run, call.stream);
   });
 }
 
@@ -173,11 +184,13 @@ void attention_backward(const py::kwargs& a) {
   constexpr const char* op = "attention_backward_cuda";
   Call call = call_of(op, a);
   Params& p = call.params;
-  p.d_out = heads_of(a, "d_out");
-  p.d_q = heads_of(a, "d_q");
-  p.d_k = heads_of(a, "d_k");
-  p.d_v = heads_of(a, "d_v");
+  p.d_out = heads_of(op, a, "d_out", call.has_queries);
+  p.d_q = heads_of(op, a, "d_q", call.has_queries);
+  p.d_k = heads_of(op, a, "d_k", call.has_keys);
+  p.d_v = heads_of(op, a, "d_v", call.has_keys);
   p.delta = pointer<float>(a, "delta");
+  if (call.has_queries)
+    require_pointer(op, "delta", p.delta);
   for_each_run(op, call, [&](auto type, const Run& run) {
     return launch_backward<typename decltype(type)::type>(p, run, call.stream);
   });

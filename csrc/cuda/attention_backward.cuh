@@ -254,6 +254,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_backward_keys_kernel(
   unsigned char* staging = shared + warp_row * kRowBytes;
   store_rows(rows_of<T>(p.d_v, first_key + warp_row, place), p.d_v.row_stride, count, r.d_values,
              1.0f, staging);
+  __syncwarp(); // the staging is written again
   store_rows(rows_of<T>(p.d_k, first_key + warp_row, place), p.d_k.row_stride, count, r.d_keys,
              p.scale, staging);
 }

@@ -69,7 +69,7 @@ __device__ inline void copy_rows(uint32_t tile, const T* from, int64_t row_strid
   const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
   const int end = (count + kWhole - 1) / kWhole * kWhole;
   from += first * row_stride + chunk * (kHeadDim / kRowChunks);
-#pragma unroll
+#pragma unroll 4 // of at most 8: the addresses of all would not fit in registers with sums
   for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
     const int row = first + i * kRowsAtOnce;
     if (row < end)
@@ -232,13 +232,12 @@ __device__ inline void clear(Sums& sums) {
         sums[m][n][i] = 0.0f;
 }
 
-// Writes a warp's 32 rows times a factor by way of shared memory that no other warp uses: the
-// global stores are whole 16-byte vectors.
+// Writes a warp's 32 rows times a factor by way of shared memory that no other warp uses, and that
+// no lane reads any more: the global stores are whole 16-byte vectors.
 template <typename T>
 __device__ inline void store_rows(T* to, int64_t row_stride, int count, const Sums& sums,
                                   float factor, unsigned char* staging) {
   const int lane = threadIdx.x % kWarp;
-  __syncwarp();
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll

@@ -12,7 +12,8 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dinov2_fast.ops import _native_cuda
 from tools import simt
 from tools.simt.compile import extension_folders
 from tools.simt.parse import parse
+from tools.simt.program import Inst
+from tools.simt.proofs.deletions import synchronises, without
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -115,8 +118,29 @@ def entry_of(function: str, kernel: str, arch: int) -> tuple[str, str]:
         ptx = ptx_of(source, arch)
         for entry in parse(ptx).kernels:
             if signature(entry) == wanted:
-                return ptx, entry
+                return alone(ptx, entry), entry
     raise LookupError(f"native_on_ptx: no kernel {wanted} in the files of {stem}")
+
+
+def deletions(results: Iterable[simt.Result]) -> Iterator[Callable[[str], str]]:
+    """Edits that each take one executed wait or barrier out of the kernels of these launches."""
+
+    def delete(ptx: str, name: str, inst: Inst) -> str:
+        return without(ptx, inst) if f".entry {name}(" in ptx else ptx
+
+    for result in results:
+        for inst, count in result.instructions:
+            if count and synchronises(inst):
+                yield functools.partial(delete, name=result.kernel.name, inst=inst)
+
+
+def alone(ptx: str, entry: str) -> str:
+    """The PTX without the other entries, on the same lines: an edited one is soon parsed again."""
+
+    def emptied(found: re.Match[str]) -> str:
+        return found[0] if found[1] == entry else "\n" * found[0].count("\n")
+
+    return re.sub(r"^(?:\.visible )?\.entry (\w+)\(.*?^}$", emptied, ptx, flags=re.M | re.S)
 
 
 def signature(mangled: str) -> str:

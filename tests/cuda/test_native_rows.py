@@ -20,7 +20,6 @@ from tests.cuda import native_on_ptx
 from tests.inputs import randn, randperm
 from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
-from tools.simt.proofs.deletions import synchronises, without
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
 
@@ -223,13 +222,8 @@ def test_warps_touch_whole_sectors(op: str):
 def test_every_deleted_barrier_is_reported(op: str):
     sizes = (ROWS, 512)  # several warps, several rows a CTA where rows share one
     _, results = execute(op, sizes, TYPES[0])
-    barriers = [inst for r in results for inst, n in r.instructions if n and synchronises(inst)]
-    assert barriers
-    for barrier in barriers:
+    deletions = list(native_on_ptx.deletions(results))
+    assert deletions
+    for edit in deletions:
         with pytest.raises(Fault):
-            execute(
-                op,
-                sizes,
-                TYPES[0],
-                edit=lambda ptx, barrier=barrier: without(ptx, barrier),
-            )
+            execute(op, sizes, TYPES[0], edit=edit)
