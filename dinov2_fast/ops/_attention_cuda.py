@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._native_cpu import Argument, dtype_name
+from dinov2_fast.ops._native_cpu import dtype_name
 from dinov2_fast.ops._native_cuda import run_cuda
 
 HEAD_DIM = 64
@@ -82,9 +83,9 @@ def _strides(tensor: Tensor) -> tuple[int, int]:
 
 def _arguments(
     q_offsets: Tensor, k_offsets: Tensor, launches: Sequence[int], scale: float, **tensors: Tensor
-) -> dict[str, Argument]:
+) -> dict[str, Any]:
     """What both directions take; tensors are [T, H, D]."""
-    strides: dict[str, Argument] = {}
+    strides: dict[str, int] = {}
     for name, tensor in tensors.items():
         strides[f"{name}_row_stride"], strides[f"{name}_head_stride"] = _strides(tensor)
     return {
