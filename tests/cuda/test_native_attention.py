@@ -145,6 +145,20 @@ def test_nan_in_one_sequence_leaves_the_others_bit_equal():
         assert torch.equal(rows[others], expected[others])
 
 
+def test_extreme_scores_meet_no_padding():
+    # lse far below 0, where exp2(0 - lse) of a column that is not there overflows; and an infinite
+    # key of weight 0, whose product with a query that is not there is NaN.
+    case = ((33,), (33,), 1)
+    inputs = make_inputs(case, torch.bfloat16)
+    q, k = inputs["q"], inputs["k"]
+    q[..., 0], k[..., 0] = 40, -40
+    q[..., 3], k[5, :, 3] = 1, -torch.inf
+    out, _ = execute(case, inputs)
+    assert out["lse"].max() < -100
+    assert out["d_v"].isfinite().all()
+    assert_matches_reference(case, inputs, out)
+
+
 def test_nothing_to_compute_is_no_launch():
     case = ((0, 0), (0, 0), 2)
     out, results = execute(case, make_inputs(case, torch.bfloat16))
