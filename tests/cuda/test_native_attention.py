@@ -118,8 +118,9 @@ def test_matches_the_reference_in_any_order(case: Case, dtype: torch.dtype, arch
     inputs = make_inputs(case, dtype)
     out, _ = execute(case, inputs, arch=arch)
     assert_matches_reference(case, inputs, out)
-    shuffled, _ = execute(case, inputs, arch=arch, schedule=1)
-    assert equal(out, shuffled)
+    if case is not LONG:  # one warp at a time, that takes minutes
+        shuffled, _ = execute(case, inputs, arch=arch, schedule=1)
+        assert equal(out, shuffled)
 
 
 @pytest.mark.parametrize("scale", [-0.125, 0.0, 3.0])
