@@ -25,7 +25,7 @@ BACKENDS = ("reference", "native", "triton")
 # Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
 # on a GPU yet: DINOV2_FAST_PREFER=native (or triton) or an explicit backend takes them.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("native", "reference"), "cuda": ("reference", "triton")},
+    "attention": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
@@ -45,6 +45,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("layer_norm", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("layer_norm", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
+    ("attention", "native", "cuda"): (torch.float16, torch.bfloat16),
     ("attention", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2_fast import backends, native
 from dinov2_fast.packing import Pack
 
 # Runs (num_sequences, length) of packs.
@@ -67,6 +68,13 @@ def make_qkv(
     qkv = randn(pack.num_tokens, 3, num_heads, head_dim, dtype=dtype, device=str(pack.device))
     q, k, v = qkv.unbind(1)
     return q, k, v
+
+
+def float_types(op: str, backend: str, device: str) -> tuple[torch.dtype, ...]:
+    """Float types that a backend takes on a device, widest first; the reference's are `DTYPES`."""
+    place = "cuda" if backend == "triton" else native.kernels_for(device)
+    taken = backends.DTYPES.get((op, backend, place), tuple(DTYPES))
+    return tuple(sorted(taken, key=lambda dtype: -torch.finfo(dtype).bits))
 
 
 def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:

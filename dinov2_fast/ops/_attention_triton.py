@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 128
-MAX_LAUNCHES = 4
 _LOG2_E = 1.4426950408889634
-
-Groups = Sequence[tuple[int, int]]
 
 
 class Launch(NamedTuple):
@@ -42,20 +38,6 @@ def refusals(**tensors: Tensor) -> dict[str, str]:
             why = f"{name} must have adjacent columns (stride 1), got stride {tensor.stride(2)}"
             return {"triton": why}
     return {}
-
-
-def launches(q_groups: Groups, k_groups: Groups) -> list[int]:
-    """What to launch for packs of these groups: the numbers of a `Launch` after those of another.
-
-    A few groups take one launch each, without idle programs; many take one launch together.
-    """
-    counts = [count for count, _ in k_groups]
-    if counts != [count for count, _ in q_groups] or len(counts) > MAX_LAUNCHES:
-        longest = [max((n for c, n in g if c), default=0) for g in (q_groups, k_groups)]
-        return [0, sum(counts), *longest]
-    firsts = itertools.accumulate(counts, initial=0)
-    groups = zip(firsts, counts, q_groups, k_groups, strict=False)
-    return [number for first, count, q, k in groups for number in (first, count, q[1], k[1])]
 
 
 def forward(

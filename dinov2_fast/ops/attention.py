@@ -10,14 +10,17 @@ from torch import Tensor
 
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops import _attention_by_runs as by_runs
-from dinov2_fast.ops import _attention_native as native_kernels
-from dinov2_fast.ops import _attention_triton as triton_kernels
+from dinov2_fast.ops._attention_kernels import (
+    KERNELS,
+    are_of_a_gpu,
+    kernels_of,
+    launches,
+    refusals,
+)
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_pack, check_tensor
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_cpu import adjacent_columns, refusals
+from dinov2_fast.ops._native_cpu import adjacent_columns
 from dinov2_fast.packing import Pack, check_cu_seqlens, unpack_tokens
-
-_KERNELS: dict[str, Any] = {"native": native_kernels, "triton": triton_kernels}
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, pack: Pack, *, scale: float) -> Tensor:
@@ -74,7 +77,7 @@ def attention(
     chosen = _choose(backend, q=q, k=k, v=v)
     if chosen == "reference":
         return attention_reference(q, k, v, pack, scale=scale)
-    return _forward(q, k, v, pack.offsets, _launches(pack, pack, chosen), scale, chosen)[0]
+    return _forward(q, k, v, pack.offsets, launches(q, pack, pack, chosen), scale, chosen)[0]
 
 
 def attention_with_lse(
@@ -108,7 +111,7 @@ def attention_with_lse(
     if chosen == "reference" or differentiated:  # there lse has a gradient too
         lse = lse_reference(q, k, pack, scale=scale)
         return attention_reference(q, k, v, pack, scale=scale), lse
-    return _forward(q, k, v, pack.offsets, _launches(pack, pack, chosen), scale, chosen)
+    return _forward(q, k, v, pack.offsets, launches(q, pack, pack, chosen), scale, chosen)
 
 
 @torch.no_grad()
@@ -143,8 +146,8 @@ def attention_forward(
     chosen = _choose(backend, q=q, k=k, v=v)
     offsets = (queries.offsets, pack.offsets)
     if chosen != "reference":
-        launches = _launches(queries, pack, chosen)
-        return _KERNELS[chosen].forward(q, k, v, *offsets, launches, scale)
+        runs = launches(q, queries, pack, chosen)
+        return kernels_of(q, chosen).forward(q, k, v, *offsets, runs, scale)
     return by_runs.forward(q, k, v, queries, pack, scale)
 
 
@@ -191,9 +194,9 @@ def attention_backward(
     chosen = _choose(backend, d_out=d_out, q=q, k=k, v=v, **gradients)
     offsets = (queries.offsets, pack.offsets)
     if chosen != "reference":
-        launches = _launches(queries, pack, chosen)
-        arguments = (d_out, q, k, v, out, lse, *offsets, launches, scale)
-        return _KERNELS[chosen].backward(*arguments, **gradients)
+        runs = launches(q, queries, pack, chosen)
+        arguments = (d_out, q, k, v, out, lse, *offsets, runs, scale)
+        return kernels_of(q, chosen).backward(*arguments, **gradients)
     by_runs.backward(d_out, q, k, v, lse, queries, pack, scale, **gradients)
 
 
@@ -301,13 +304,7 @@ def _query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) 
 
 def _choose(backend: str | None, **tensors: Tensor) -> str:
     """The backend for [T, H, D] tensors of these layouts."""
-    refused = refusals(tensors, {}) | triton_kernels.refusals(**tensors)
-    return choose_backend("attention", tensors["q"], backend, refusals=refused)
-
-
-def _launches(queries: Pack, pack: Pack, backend: str) -> list[int]:
-    """What the Triton kernels are launched for, in numbers that a schema can hold."""
-    return triton_kernels.launches(queries.groups, pack.groups) if backend == "triton" else []
+    return choose_backend("attention", tensors["q"], backend, refusals=refusals(**tensors))
 
 
 def _forward_with(kernels: Any) -> Any:
@@ -363,7 +360,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, offsets, ctx.launches, ctx.scale, ctx.backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out if ctx.backend == "triton" else None, lse, offsets)
+    kept = out if are_of_a_gpu(q, ctx.backend) else None
+    ctx.save_for_backward(q, k, v, kept, lse, offsets)
 
 
 def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -375,19 +373,13 @@ def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
 _backward = declare(
     "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
     "Tensor offsets, int[] launches, float scale, str backend) -> (Tensor, Tensor, Tensor)",
-    kernels={
-        (backend, device): _backward_with(_KERNELS[backend])
-        for backend, device in (("native", "cpu"), ("triton", "cpu"), ("triton", "cuda"))
-    },
+    kernels={place: _backward_with(kernels) for place, kernels in KERNELS.items()},
     fake=_backward_fake,
 )
 _forward = declare(
     "attention(Tensor q, Tensor k, Tensor v, Tensor offsets, int[] launches, float scale, "
     "str backend) -> (Tensor, Tensor)",
-    kernels={
-        (backend, device): _forward_with(_KERNELS[backend])
-        for backend, device in (("native", "cpu"), ("triton", "cpu"), ("triton", "cuda"))
-    },
+    kernels={place: _forward_with(kernels) for place, kernels in KERNELS.items()},
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_gradient,

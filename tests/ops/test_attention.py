@@ -18,10 +18,32 @@ from dinov2_fast.ops.attention import (
     lse_reference,
 )
 from dinov2_fast.packing import Pack, unpack_tokens
-from tests.inputs import COMPILERS, DTYPES, GRADCHECK_GROUPS, GROUPS, leaves, make_qkv, randn
+from tests.inputs import (
+    COMPILERS,
+    DTYPES,
+    GRADCHECK_GROUPS,
+    GROUPS,
+    float_types,
+    leaves,
+    make_qkv,
+    randn,
+)
 from tests.tolerance import assert_within_error_budget
 
 Groups = tuple[tuple[int, int], ...]
+
+HEAD_DIM = 64  # of every ViT, and the only one that every backend takes
+
+
+@pytest.fixture
+def dtype(backend: str, device: str) -> torch.dtype:
+    """The widest type that the backend takes there."""
+    return float_types("attention", backend, device)[0]
+
+
+def skip_unless_taken(dtype: torch.dtype, backend: str, device: str) -> None:
+    if dtype not in float_types("attention", backend, device):
+        pytest.skip(f"{backend} attention does not take {dtype} there")
 
 
 def test_reference_known_values():
@@ -44,8 +66,9 @@ def test_reference_known_values():
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_reference(groups: Groups, dtype: torch.dtype, backend: str, device: str):
+    skip_unless_taken(dtype, backend, device)
     pack = Pack.from_groups(groups, device)
-    q, k, v = make_qkv(pack, dtype=dtype)
+    q, k, v = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     out, lse = attention_with_lse(q, k, v, pack, backend=backend)
     scale = q.shape[2] ** -0.5
     wide = [x.double() for x in (q, k, v)]
@@ -67,8 +90,9 @@ def test_matches_reference(groups: Groups, dtype: torch.dtype, backend: str, dev
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_match_reference(groups: Groups, dtype: torch.dtype, backend: str, device: str):
+    skip_unless_taken(dtype, backend, device)
     pack = Pack.from_groups(groups, device)
-    qkv = make_qkv(pack, dtype=dtype)
+    qkv = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     incoming = randn(*qkv[0].shape, dtype=dtype, device=device, seed=1)
 
     def gradients(dtype: torch.dtype, function, **options) -> list[torch.Tensor]:
@@ -120,9 +144,11 @@ def test_weights_sum_to_one_and_give_the_output(groups: Groups):
 
 
 @pytest.mark.parametrize("poisoned", [0, 1, 2])
-def test_nan_in_one_sequence_leaves_the_others_bit_equal(poisoned: int, backend: str, device: str):
+def test_nan_in_one_sequence_leaves_the_others_bit_equal(
+    poisoned: int, dtype: torch.dtype, backend: str, device: str
+):
     pack = Pack.from_groups([(2, 17), (1, 5)], device)
-    clean = make_qkv(pack)
+    clean = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     expected, expected_lse = attention_with_lse(*clean, pack, backend=backend)
     begin, end = pack.offsets_host[poisoned : poisoned + 2]
     for position in range(3):
@@ -136,13 +162,13 @@ def test_nan_in_one_sequence_leaves_the_others_bit_equal(poisoned: int, backend:
         assert out[begin:end].isnan().any()
 
 
-def test_order_of_sequences_does_not_matter(backend: str, device: str):
+def test_order_of_sequences_does_not_matter(dtype: torch.dtype, backend: str, device: str):
     lengths, order = [5, 17, 5, 1], [2, 1, 3, 0]
     pack = Pack.from_lengths(lengths, device)
     moved_pack = Pack.from_lengths([lengths[i] for i in order], device)
     tokens = torch.arange(pack.num_tokens).split(lengths)
     moved = torch.cat([tokens[i] for i in order]).to(device)
-    q, k, v = make_qkv(pack)
+    q, k, v = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     out = attention(q, k, v, pack, backend=backend)
     moved_out = attention(q[moved], k[moved], v[moved], moved_pack, backend=backend)
     assert_within_error_budget(
@@ -153,9 +179,9 @@ def test_order_of_sequences_does_not_matter(backend: str, device: str):
     )
 
 
-def test_strides_do_not_matter(backend: str, device: str):
+def test_strides_do_not_matter(dtype: torch.dtype, backend: str, device: str):
     pack = Pack.from_groups([(2, 17), (1, 5)], device)
-    strided = make_qkv(pack)
+    strided = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     assert not strided[0].is_contiguous()
     contiguous = [x.contiguous() for x in strided]
     out = attention(*strided, pack, backend=backend)
@@ -167,19 +193,21 @@ def test_strides_do_not_matter(backend: str, device: str):
     )
 
 
-def test_large_scores_do_not_overflow(backend: str, device: str):
+def test_large_scores_do_not_overflow(dtype: torch.dtype, backend: str, device: str):
     pack = Pack.from_lengths([3], device)
-    q = torch.full((3, 1, 8), 1e4, device=device)
-    v = randn(3, 1, 8, device=device)
+    q = torch.full((3, 1, HEAD_DIM), 1e4, dtype=dtype, device=device)
+    v = randn(3, 1, HEAD_DIM, dtype=dtype, device=device)
     out, lse = attention_with_lse(q, q, v, pack, backend=backend)
     torch.testing.assert_close(out, v.mean(0, keepdim=True).expand_as(out))
     assert lse.isfinite().all()
 
 
 @pytest.mark.parametrize("groups", GROUPS)
-def test_varlen_equals_the_packed_form(groups: Groups, backend: str, device: str):
+def test_varlen_equals_the_packed_form(
+    groups: Groups, dtype: torch.dtype, backend: str, device: str
+):
     pack = Pack.from_groups(groups, device)
-    q, k, v = make_qkv(pack)
+    q, k, v = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     out = attention_varlen(q, k, v, pack.offsets, pack.max_length + 1, backend=backend)
     low_precision = attention(q, k, v, pack, backend=backend)
     truth = attention(q.double(), k.double(), v.double(), pack)
@@ -187,9 +215,9 @@ def test_varlen_equals_the_packed_form(groups: Groups, backend: str, device: str
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiles_fullgraph(compiler: str, backend: str, device: str):
+def test_compiles_fullgraph(compiler: str, dtype: torch.dtype, backend: str, device: str):
     pack = Pack.from_groups([(2, 3), (1, 2)], device)
-    q, k, v = make_qkv(pack, head_dim=4)
+    q, k, v = make_qkv(pack, head_dim=HEAD_DIM, dtype=dtype)
     inputs, eager_inputs = leaves(q, k, v), leaves(q, k, v)
     compiled = torch.compile(attention, fullgraph=True, dynamic=False, backend=compiler)
     out = compiled(*inputs, pack, backend=backend)

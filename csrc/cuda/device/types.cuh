@@ -44,6 +44,16 @@ inline FloatType float_type(const char* op, const std::string& dtype) {
   return found;
 }
 
+// body(Type<T>) for a type that tensor cores multiply and float32 accumulates.
+template <typename Body>
+cudaError_t with_half_type(const char* op, const std::string& dtype, const Body& body) {
+  if (dtype == "float16")
+    return body(Type<__half>());
+  if (dtype != "bfloat16")
+    refuse(op, "expected float16 or bfloat16, got " + dtype);
+  return body(Type<__nv_bfloat16>());
+}
+
 // body(Type<Stream>, Type<Branch>) for a residual stream and what a branch computes in: the same
 // type, or float32 on one side.
 template <typename Body>

@@ -1,0 +1,211 @@
+// Attention inside each sequence of a pack on CUDA: bfloat16 and float16, heads of 64 elements.
+#include "check.hpp"
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_forward.cuh"
+#include "cuda/device/guard.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/device/types.cuh"
+#include "keywords.hpp"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace dinov2_fast {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+constexpr int kLongWarps = 4, kShortWarps = 2; // of a CTA; a tile of columns is as long as two
+
+// Neighbouring sequences that one launch computes.
+struct Run {
+  int first;
+  int num_sequences;
+  int max_queries; // of the longest
+  int max_keys;
+};
+
+std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers, int num_heads) {
+  require(numbers.size() % 4 == 0, op,
+          "launches must be four numbers each, got " + std::to_string(numbers.size()));
+  std::vector<Run> runs;
+  for (size_t i = 0; i < numbers.size(); i += 4) {
+    for (size_t j = i; j < i + 4; ++j)
+      require(numbers[j] >= 0 && numbers[j] <= kMaxInt, op,
+              "launches must be counts below 2^31, got " + std::to_string(numbers[j]));
+    const Run run{static_cast<int>(numbers[i]), static_cast<int>(numbers[i + 1]),
+                  static_cast<int>(numbers[i + 2]), static_cast<int>(numbers[i + 3])};
+    const int64_t blocks = std::max(run.max_queries, run.max_keys) / (kShortWarps * kWarpRows) + 1;
+    require(num_heads == 0 || blocks * run.num_sequences <= kMaxInt / num_heads, op,
+            "blocks of a launch must be fewer than 2^31");
+    runs.push_back(run);
+  }
+  return runs;
+}
+
+// One CTA for each block of rows of a sequence and head.
+template <auto kernel, int kWarps>
+cudaError_t launch_blocks(Params p, const Run& run, int max_rows, int shared_bytes,
+                          cudaStream_t stream) {
+  constexpr int kRows = kWarps * kWarpRows;
+  p.first_sequence = run.first;
+  p.num_blocks = (max_rows + kRows - 1) / kRows;
+  const int64_t ctas = static_cast<int64_t>(run.num_sequences) * p.num_blocks * p.num_heads;
+  if (ctas == 0)
+    return cudaSuccess; // a grid of no blocks is an error to CUDA
+  return launch<kernel>(dim3(static_cast<unsigned>(ctas)), dim3(kWarps * kWarp), shared_bytes,
+                        stream, p);
+}
+
+template <typename T>
+cudaError_t launch_forward(const Params& p, const Run& run, cudaStream_t stream) {
+  const bool one_tile = run.max_keys <= kColumns;
+  if (run.max_queries <= kShortWarps * kWarpRows)
+    return launch_blocks<attention_forward_kernel<T, kShortWarps>, kShortWarps>(
+        p, run, run.max_queries, forward_shared_bytes<kShortWarps>(one_tile), stream);
+  return launch_blocks<attention_forward_kernel<T, kLongWarps>, kLongWarps>(
+      p, run, run.max_queries, forward_shared_bytes<kLongWarps>(one_tile), stream);
+}
+
+template <typename T, int kWarps>
+cudaError_t launch_queries(const Params& p, const Run& run, cudaStream_t stream) {
+  return launch_blocks<attention_backward_queries_kernel<T, kWarps>, kWarps>(
+      p, run, run.max_queries, queries_shared_bytes<kWarps>(run.max_keys <= kColumns), stream);
+}
+
+template <typename T, int kWarps>
+cudaError_t launch_keys(const Params& p, const Run& run, cudaStream_t stream) {
+  return launch_blocks<attention_backward_keys_kernel<T, kWarps>, kWarps>(
+      p, run, run.max_keys, keys_shared_bytes<kWarps>(run.max_queries <= kColumns), stream);
+}
+
+template <typename T>
+cudaError_t launch_backward(const Params& p, const Run& run, cudaStream_t stream) {
+  const cudaError_t status = run.max_queries <= kShortWarps * kWarpRows
+                                 ? launch_queries<T, kShortWarps>(p, run, stream)
+                                 : launch_queries<T, kLongWarps>(p, run, stream);
+  if (status != cudaSuccess)
+    return status;
+  return run.max_keys <= kShortWarps * kWarpRows ? launch_keys<T, kShortWarps>(p, run, stream)
+                                                 : launch_keys<T, kLongWarps>(p, run, stream);
+}
+
+// What both directions take.
+struct Call {
+  Params params{};
+  std::vector<Run> runs;
+  bool has_queries, has_keys; // else their tensors may be null pointers
+  std::string dtype;
+  int device;
+  cudaStream_t stream;
+};
+
+// A [T, H, 64] argument: its pointer and strides in elements.
+Heads heads_of(const char* op, const py::kwargs& a, const std::string& name, bool needed) {
+  const Heads heads{pointer<void>(a, name.c_str()),
+                    keyword<int64_t>(a, (name + "_row_stride").c_str()),
+                    keyword<int64_t>(a, (name + "_head_stride").c_str())};
+  constexpr int kVector = kChunkBytes / 2;
+  if (needed)
+    require_pointer(op, name.c_str(), heads.data);
+  require(whole_vectors<__half, kVector>(heads.data, heads.row_stride) &&
+              heads.head_stride % kVector == 0,
+          op, name + " must have its heads at multiples of 16 bytes");
+  return heads;
+}
+
+Call call_of(const char* op, const py::kwargs& a) {
+  Call call;
+  Params& p = call.params;
+  p.num_queries = keyword<int64_t>(a, "num_queries");
+  p.num_heads = keyword<int>(a, "num_heads");
+  require_not_negative(op, "num_queries", p.num_queries);
+  require_not_negative(op, "num_heads", p.num_heads);
+  call.runs = runs_of(op, keyword<std::vector<int64_t>>(a, "launches"), p.num_heads);
+  const auto any = [&](int Run::* rows) {
+    return std::any_of(call.runs.begin(), call.runs.end(), [&](const Run& run) {
+      return run.*rows > 0 && run.num_sequences > 0 && p.num_heads > 0;
+    });
+  };
+  call.has_queries = any(&Run::max_queries);
+  call.has_keys = any(&Run::max_keys);
+  p.q = heads_of(op, a, "q", call.has_queries);
+  p.k = heads_of(op, a, "k", call.has_keys);
+  p.v = heads_of(op, a, "v", call.has_keys);
+  p.out = heads_of(op, a, "out", call.has_queries);
+  p.lse = pointer<float>(a, "lse");
+  p.query_offsets = pointer<const int>(a, "query_offsets");
+  p.key_offsets = pointer<const int>(a, "key_offsets");
+  if (call.has_queries)
+    require_pointer(op, "lse", p.lse);
+  require_pointer(op, "query_offsets", p.query_offsets);
+  require_pointer(op, "key_offsets", p.key_offsets);
+  p.scale = keyword<float>(a, "scale");
+  // A masked score is -inf, and -inf * 0 would be NaN: this scale leaves 0 of any finite score.
+  p.scale_log2 = p.scale == 0.0f ? FLT_MIN : p.scale * kLog2E;
+  call.dtype = keyword<std::string>(a, "dtype");
+  call.device = keyword<int>(a, "device");
+  call.stream = pointer<CUstream_st>(a, "stream");
+  return call;
+}
+
+// body(Type<T>, run) for each launch of a call.
+template <typename Body> void for_each_run(const char* op, const Call& call, const Body& body) {
+  const py::gil_scoped_release release;
+  run_on(op, call.device, [&] {
+    return with_half_type(op, call.dtype, [&](auto type) {
+      for (const Run& run : call.runs) {
+        const cudaError_t status = body(type, run);
+        if (status != cudaSuccess)
+          return status;
+      }
+      return cudaSuccess;
+    });
+  });
+}
+
+void attention_forward(const py::kwargs& a) {
+  constexpr const char* op = "attention_forward_cuda";
+  const Call call = call_of(op, a);
+  for_each_run(op, call, [&](auto type, const Run& run) {
+    return launch_forward<typename decltype(type)::type>(call.params, run, call.stream);
+  });
+}
+
+void attention_backward(const py::kwargs& a) {
+  constexpr const char* op = "attention_backward_cuda";
+  Call call = call_of(op, a);
+  Params& p = call.params;
+  p.d_out = heads_of(op, a, "d_out", call.has_queries);
+  p.d_q = heads_of(op, a, "d_q", call.has_queries);
+  p.d_k = heads_of(op, a, "d_k", call.has_keys);
+  p.d_v = heads_of(op, a, "d_v", call.has_keys);
+  p.delta = pointer<float>(a, "delta");
+  if (call.has_queries)
+    require_pointer(op, "delta", p.delta);
+  for_each_run(op, call, [&](auto type, const Run& run) {
+    return launch_backward<typename decltype(type)::type>(p, run, call.stream);
+  });
+}
+
+} // namespace
+} // namespace dinov2_fast
+
+void bind_attention_cuda(py::module_& m) {
+  using namespace dinov2_fast;
+  m.def("attention_forward_cuda", &attention_forward,
+        "q [Tq, H, 64], k and v [T, H, 64], offsets [S + 1] int32, launches of (first, sequences, "
+        "longest queries, longest keys) -> out [Tq, H, 64], lse [H, Tq] float32; pointers, sizes "
+        "and strides in elements, rows at multiples of 16 bytes.");
+  m.def("attention_backward_cuda", &attention_backward,
+        "d_out, out [Tq, H, 64], q, k, v, lse as of the forward -> d_q, d_k, d_v; delta [H, Tq] "
+        "float32 is scratch.");
+}

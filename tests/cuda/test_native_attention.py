@@ -1,0 +1,256 @@
+"""The CUDA attention kernels, launched by their host code and executed with every check on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast import native
+from dinov2_fast.ops.attention import attention_backward, attention_forward
+from dinov2_fast.packing import Pack
+from tests.cuda import native_on_ptx
+from tests.inputs import randn
+from tests.tolerance import assert_within_error_budget
+from tools.simt import Fault
+
+pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
+
+Outputs = dict[str, Tensor]
+
+HEAD_DIM, SCALE = 64, 0.125
+GAP = 16  # elements of NaN after every row: rows still begin with a sector of 32 bytes
+# Lengths of the sequences of queries and of keys, and heads.
+Case = tuple[tuple[int, ...], tuple[int, ...], int]
+CROPS: Case = ((257, 50), (257, 50), 1)  # a 224 px and a 98 px crop at patch 14
+EDGES: Case = ((1, 2, 63, 64, 0, 65, 17), (1, 2, 63, 64, 0, 65, 17), 1)  # a tile, one more, primes
+UNEQUAL: Case = ((3, 0, 70, 1, 5), (131, 7, 64, 0, 1), 2)  # no queries, no keys, fewer, more
+LONG: Case = ((1370,), (1370,), 1)  # 518 px
+MANY: Case = ((9, 2, 33, 1, 7), (9, 2, 33, 1, 7), 1)  # more runs than launches
+
+
+def poisoned(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of [T, X, H, D] between NaN, before, after and between its rows; and all of it."""
+    rows, width = x.shape[0], x[0].numel() if x.shape[0] else 0
+    storage = torch.full((rows + 2, width + GAP), torch.nan, dtype=x.dtype)
+    view = storage[1:-1, :width].unflatten(1, x.shape[1:]) if rows else x
+    view.copy_(x)
+    return view, storage
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> Outputs:
+    """Queries, keys and values out of tensors [T, 3, H, D], and the gradient of the output."""
+    tokens = [sum(lengths) for lengths in case[:2]]
+    qkv = [randn(t, 3, case[2], HEAD_DIM, dtype=dtype, seed=t) for t in tokens]
+    d_out = randn(tokens[0], case[2], HEAD_DIM, dtype=dtype, seed=1)
+    return {"q": qkv[0][:, 0], "k": qkv[1][:, 1], "v": qkv[1][:, 2], "d_out": d_out}
+
+
+def run(case: Case, inputs: Outputs, scale: float = SCALE, backend: str = "native") -> Outputs:
+    """Forward and backward; all that is read or written lies between NaN, which stay."""
+    queries, keys = (Pack.from_lengths(lengths) for lengths in case[:2])
+    q, k, v, d_out = (inputs[name] for name in ("q", "k", "v", "d_out"))
+    d_out = poisoned(d_out.unsqueeze(1))[0][:, 0]
+    if case[0] == case[1]:
+        q, k, v = poisoned(torch.stack([q, k, v], 1))[0].unbind(1)
+    else:
+        q = poisoned(q.unsqueeze(1))[0][:, 0]
+        k, v = poisoned(torch.stack([k, v], 1))[0].unbind(1)
+    options = {"scale": scale, "q_pack": queries, "backend": backend}
+    out, lse = attention_forward(q, k, v, keys, **options)
+    nothing = torch.full_like(k, torch.nan)
+    d_q, storage = poisoned(torch.full_like(q, torch.nan).unsqueeze(1))
+    d_kv, kv_storage = poisoned(torch.stack([nothing, nothing], 1))
+    gradients = {"d_q": d_q[:, 0], "d_k": d_kv[:, 0], "d_v": d_kv[:, 1]}
+    attention_backward(d_out, q, k, v, lse, keys, out=out, **gradients, **options)
+    outputs = {name: tensor.clone() for name, tensor in gradients.items()}
+    d_q.fill_(torch.nan)
+    d_kv.fill_(torch.nan)
+    assert storage.isnan().all()
+    assert kv_storage.isnan().all()
+    return {"out": out, "lse": lse, **outputs}
+
+
+def execute(
+    case: Case, inputs: Outputs, scale: float = SCALE, **options: Any
+) -> tuple[Outputs, list[Any]]:
+    """What the CUDA kernels compute, and the results of their launches."""
+    with native_on_ptx.native_on_ptx(**options) as results:
+        return run(case, inputs, scale), results
+
+
+def assert_matches_reference(case: Case, inputs: Outputs, out: Outputs, scale: float = SCALE):
+    """Errors are within twice those of the reference in the same type."""
+    low = run(case, inputs, scale, "reference")
+    truth = run(case, {name: x.double() for name, x in inputs.items()}, scale, "reference")
+    for name, tensor in out.items():
+        assert_within_error_budget(tensor, low_precision=low[name], truth=truth[name], name=name)
+
+
+def equal(a: Outputs, b: Outputs) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "arch"),
+    [
+        pytest.param(CROPS, torch.bfloat16, 80, id="crops"),
+        pytest.param(EDGES, torch.float16, 80, id="edges"),
+        pytest.param(UNEQUAL, torch.bfloat16, 80, id="unequal"),
+        pytest.param(MANY, torch.bfloat16, 80, id="many"),
+        *(
+            pytest.param(case, dtype, arch, id=f"{name}-{arch}", marks=pytest.mark.slow)
+            for name, case, dtype, arch in [
+                ("long", LONG, torch.bfloat16, 80),
+                ("long", LONG, torch.float16, 90),
+                ("crops", CROPS, torch.float16, 80),
+                ("crops", CROPS, torch.bfloat16, 90),
+                ("edges", EDGES, torch.bfloat16, 80),
+                ("edges", EDGES, torch.bfloat16, 90),
+                ("unequal", UNEQUAL, torch.float16, 90),
+            ]
+        ),
+    ],
+)
+def test_matches_the_reference_in_any_order(case: Case, dtype: torch.dtype, arch: int):
+    inputs = make_inputs(case, dtype)
+    out, _ = execute(case, inputs, arch=arch)
+    assert_matches_reference(case, inputs, out)
+    if case is not LONG:  # one warp at a time, that takes minutes
+        shuffled, _ = execute(case, inputs, arch=arch, schedule=1)
+        assert equal(out, shuffled)
+
+
+@pytest.mark.parametrize("scale", [-0.125, 0.0, 3.0])
+def test_scale_may_have_any_sign(scale: float):
+    case = ((66,), (67,), 1)  # a mask in the last tile
+    inputs = make_inputs(case, torch.bfloat16)
+    out, _ = execute(case, inputs, scale)
+    assert_matches_reference(case, inputs, out, scale)
+
+
+def test_nan_in_one_sequence_leaves_the_others_bit_equal():
+    case, place = ((20, 33, 70), (20, 33, 70), 1), slice(20, 53)
+    inputs = make_inputs(case, torch.bfloat16)
+    clean, _ = execute(case, inputs)
+    for x in inputs.values():
+        x[place] = torch.nan
+    dirty, _ = execute(case, inputs)
+    for name, tensor in dirty.items():
+        rows, expected = (x.t() if name == "lse" else x for x in (tensor, clean[name]))
+        others = torch.ones(rows.shape[0], dtype=torch.bool)
+        others[place] = False
+        assert rows[place].isnan().any(-1).all()
+        assert torch.equal(rows[others], expected[others])
+
+
+def test_extreme_scores_meet_no_padding():
+    # lse far below 0, where exp2(0 - lse) of a column that is not there overflows; and an infinite
+    # key of weight 0, whose product with a query that is not there is NaN.
+    case = ((33,), (33,), 1)
+    inputs = make_inputs(case, torch.bfloat16)
+    q, k = inputs["q"], inputs["k"]
+    q[..., 0], k[..., 0] = 40, -40
+    q[..., 3], k[5, :, 3] = 1, -torch.inf
+    out, _ = execute(case, inputs)
+    assert out["lse"].max() < -100
+    assert out["d_v"].isfinite().all()
+    assert_matches_reference(case, inputs, out)
+
+
+def test_nothing_to_compute_is_no_launch():
+    case = ((0, 0), (0, 0), 2)
+    out, results = execute(case, make_inputs(case, torch.bfloat16))
+    assert not results
+    assert all(tensor.numel() == 0 for tensor in out.values())
+
+
+# The least in which every wait and barrier has something to wait for: two warps of rows, and three
+# tiles of columns, of which the third overwrites the first. Queries are rows of the first two
+# kernels and columns of the third. Two waits and two barriers of tiles each; the others are warps'.
+@pytest.mark.parametrize(
+    ("case", "kernels", "number"),
+    [
+        pytest.param(((33,), (130,), 1), slice(0, 1), 4 + 1, id="forward"),
+        pytest.param(((33,), (130,), 1), slice(1, 2), 4 + 2, id="queries"),
+        pytest.param(((130,), (33,), 1), slice(2, 3), 4 + 3, id="keys"),
+    ],
+)
+def test_every_deleted_wait_and_barrier_is_reported(case: Case, kernels: slice, number: int):
+    inputs = make_inputs(case, torch.bfloat16)
+    _, results = execute(case, inputs)
+    deletions = list(native_on_ptx.deletions(results[kernels]))
+    assert len(deletions) == number
+    for edit in deletions:
+        with pytest.raises(Fault):
+            execute(case, inputs, edit=edit)
+
+
+def test_memory_is_touched_in_whole_sectors_and_without_conflicts():
+    length, blocks, warps = 256, 2, 4  # no padding; every block of 128 rows reads all columns
+    case: Case = ((length,), (length,), 1)
+    _, results = execute(case, make_inputs(case, torch.bfloat16), profile=True)
+    # Sectors of 32 bytes: of a head of a tensor, and of lse or delta.
+    head, floats = length * HEAD_DIM * 2 // 32, length * 4 // 32
+    loaded = [
+        (1 + blocks * 2) * head,  # q; k, v
+        (3 + blocks * 2) * head + floats,  # q, d_out, out, lse; k, v
+        (2 + blocks * 2) * head + blocks * 2 * floats,  # k, v; q, d_out, lse, delta
+    ]
+    # Warps store delta four rows at a time, half a sector.
+    stored = [head + floats, head + 2 * floats, 2 * head]
+    counters = [result.counters for result in results]
+    for result, sectors in zip(results, loaded, strict=True):
+        # Besides, each warp reads four offsets, and Params, which are counted too if addressed.
+        params = sum(n for inst, n in result.instructions if inst.text.startswith("ld.param"))
+        beside = result.counters["global sectors, load"] - sectors - 4 * warps * blocks
+        assert 0 <= beside <= params
+    assert [c["global sectors, store"] for c in counters] == stored
+    for kind in ("load", "store", "copy"):
+        for c in counters:
+            assert c[f"shared passes, {kind}"] == c[f"shared passes, {kind}, ideal"]
+
+
+def test_products_are_those_of_the_padded_tiles():
+    length = 257
+    case: Case = ((length,), (length,), 1)
+    _, results = execute(case, make_inputs(case, torch.bfloat16))
+    rows, columns = 288, 272  # whole warps of 32 rows, whole steps of 16 columns
+    for result, products in zip(results, (2, 3, 4), strict=True):
+        flops = sum(result.flops.get(inst.line, 0) * count for inst, count in result.instructions)
+        assert flops == products * 2 * rows * columns * HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": 8}, "q must have its heads at multiples of 16 bytes"),
+        ({"k_row_stride": 100}, "k must have its heads at multiples of 16 bytes"),
+        ({"d_v_head_stride": 4}, "d_v must have its heads at multiples of 16 bytes"),
+        ({"v": 0}, "v must not be a null pointer"),
+        ({"lse": 0}, "lse must not be a null pointer"),
+        ({"num_heads": -1}, "num_heads must not be negative, got -1"),
+        ({"launches": (0, 1, 2)}, "launches must be four numbers each, got 3"),
+        ({"launches": (0, 1, 2, -1)}, r"launches must be counts below 2\^31, got -1"),
+        ({"launches": (0, 2**31 - 1, 129, 1)}, "blocks of a launch must be fewer than 2"),
+        ({"dtype": "float32"}, "expected float16 or bfloat16, got float32"),
+    ],
+)
+def test_the_extension_itself_says_what_came(changes: dict[str, Any], message: str):
+    good: dict[str, Any] = {"lse": 16, "delta": 16, "query_offsets": 16, "key_offsets": 16}
+    for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"):
+        good |= {name: 16, f"{name}_row_stride": 64, f"{name}_head_stride": 64}
+    good |= {"launches": (0, 1, 1, 1), "num_queries": 1, "num_heads": 1, "scale": 1.0}
+    good |= {"dtype": "bfloat16", "device": 0, "stream": 0}
+    module = native.module()
+    module.record_launches_cuda(True)
+    try:
+        module.attention_backward_cuda(**good)
+        assert len(module.take_launches_cuda()) == 2
+        with pytest.raises(ValueError, match=f"attention_backward_cuda: {message}"):
+            module.attention_backward_cuda(**(good | changes))
+        assert not module.take_launches_cuda()
+    finally:
+        module.record_launches_cuda(False)
