@@ -1,0 +1,428 @@
+// The backward pass of short sequences in one kernel: a CTA holds all keys and values of a sequence
+// and head, 32 a warp, and queries pass by in tiles of 32. No atomics, no workspace; sums keep
+// their order, so every run gives the same bits.
+//
+// With S^T = K Q^T and dP^T = V dO^T a warp's weights and their gradients are left operands of dV
+// and dK as they come out of a product. Gradients of scores go through shared memory once, after
+// which dQ of the tile is complete: delta = rowsum(dO * O), dS = P * (dP - delta), dQ = dS K.
+//
+// 257 = 1 + 256: up to 8 keys past the warps' are "left". Their scores are one product of 8 rows,
+// a part of a tile's queries by each of four warps; their gradients, transposed, belong 16 channels
+// to a warp, which costs it 4 registers.
+// Source: Dao, "FlashAttention-2", 2023, section 3.1.2.
+#pragma once
+
+#include "cuda/attention_backward.cuh"
+
+namespace dinov2_fast {
+namespace {
+
+constexpr int kQueries = 32;    // of a tile
+constexpr int kLeftColumns = 8; // keys past the warps', at most: a product's n
+constexpr int kLeftWarps = 8;   // of a CTA that can have keys left: they share dK and dV of those
+constexpr int kQueryTile = kQueries * kRowBytes;
+constexpr int kScoreRowBytes = kQueries * 2;         // of a key's gradients of scores
+constexpr int kBlockBytes = kMmaRows * kMatrixBytes; // 16 rows of 16 channels
+
+template <int kWarps> constexpr bool kHasLeft = kWarps == kLeftWarps;
+
+// Where things lie in shared memory, in bytes.
+template <int kWarps> struct Layout {
+  static constexpr int kKeys = kWarps * kWarpRows;
+  static constexpr int kRows = kKeys + (kHasLeft<kWarps> ? kLeftColumns : 0);
+  static constexpr int kValues = kRows * kRowBytes;
+  static constexpr int kTiles = 2 * kValues;
+  static constexpr int kTilePlace = 3 * kQueryTile; // queries, d_out, out
+  static constexpr int kScores = kTiles + 2 * kTilePlace;
+  // Gradients by key; then those of keys left; then weights of keys left.
+  static constexpr int kLeftScores = kScores + kKeys * kScoreRowBytes;
+  static constexpr int kLeftWeights = kLeftScores + kLeftColumns * kScoreRowBytes;
+  static constexpr int kSums =
+      kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftColumns * kScoreRowBytes : 0);
+  static constexpr int kLse = kSums + kQueries * static_cast<int>(sizeof(float2));
+  static constexpr int kStaging = kLse + kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kPlace = kStaging + kWarps * kBlockBytes;
+  static constexpr int kBytes = kPlace + sizeof(Place);
+};
+
+// A chunk of a key's 32 queries: neighbouring pairs of keys lie in different banks.
+__device__ inline uint32_t score_offset(int key, int chunk) {
+  return static_cast<uint32_t>(key * kScoreRowBytes + (chunk ^ (key >> 1 & 3)) * kChunkBytes);
+}
+
+// The number of this thread, hidden: what is computed from it in a loop stays there, and takes no
+// registers outside.
+__device__ inline int hidden_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// Copies a tile of queries. A thread copies a chunk of a row of each kind, and the thread of a
+// row's first chunk lse: what a thread copied it can read without a barrier.
+template <typename T, int kWarps>
+__device__ inline void copy_queries(const Params& p, const Place& place, int tile,
+                                    uint32_t shared) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
+  using L = Layout<kWarps>;
+  const int thread = hidden_thread();
+  const uint32_t to = shared + L::kTiles + tile % 2 * L::kTilePlace;
+  const int chunk = thread % kRowChunks, element = chunk * (kHeadDim / kRowChunks);
+#pragma unroll
+  for (int i = 0; i < kQueries / kRowsAtOnce; ++i) {
+    const int row = thread / kRowChunks + i * kRowsAtOnce;
+    const int64_t query = place.first_query + tile * kQueries + row;
+    const bool exists = tile * kQueries + row < place.queries;
+    const uint32_t chunk_to = to + chunk_offset(row, chunk);
+    copy_chunk_async(chunk_to, rows_of<T>(p.q, query, place) + element, exists);
+    copy_chunk_async(chunk_to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
+    copy_chunk_async(chunk_to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
+    if (chunk == 0)
+      copy_float_async(shared + L::kLse + row * sizeof(float),
+                       p.lse + place.head * p.num_queries + query, exists);
+  }
+}
+
+// (lse in units of exp2, delta) of a tile's rows, from what this thread has copied. The weights of
+// a query that does not exist are exp2(-inf).
+template <typename T, int kWarps>
+__device__ inline void sum_queries(const Place& place, int tile, unsigned char* shared) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
+  using L = Layout<kWarps>;
+  const int thread = hidden_thread();
+  const unsigned char* from = shared + L::kTiles + tile % 2 * L::kTilePlace + kQueryTile;
+  const int chunk = thread % kRowChunks;
+#pragma unroll
+  for (int i = 0; i < kQueries / kRowsAtOnce; ++i) {
+    const int row = thread / kRowChunks + i * kRowsAtOnce;
+    const auto* d_out = reinterpret_cast<const uint4*>(from + chunk_offset(row, chunk));
+    float delta = dot<T>(d_out[0], d_out[kQueryTile / kChunkBytes]);
+#pragma unroll
+    for (int distance = 1; distance < kRowChunks; distance *= 2)
+      delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+    if (chunk == 0) {
+      const float lse = reinterpret_cast<const float*>(shared + L::kLse)[row];
+      const float lse2 = tile * kQueries + row < place.queries ? lse * kLog2E : INFINITY;
+      auto* sums = reinterpret_cast<float*>(shared + L::kSums);
+      sums[row] = lse2;
+      sums[kQueries + row] = delta;
+    }
+  }
+}
+
+// Copies all rows of a sequence; zeros fill the last warp's rows, or the rows left.
+template <typename T, int kWarps>
+__device__ inline void copy_sequence(uint32_t to, const T* from, int64_t row_stride, int count) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
+  const int chunk = threadIdx.x % kRowChunks;
+  const int whole = (count + kWarpRows - 1) / kWarpRows * kWarpRows;
+  const int end = min(whole, Layout<kWarps>::kRows);
+  from += chunk * (kHeadDim / kRowChunks);
+  for (int row = threadIdx.x / kRowChunks; row < end; row += kRowsAtOnce)
+    copy_chunk_async(to + chunk_offset(row, chunk), from + row * row_stride, row < count);
+}
+
+// Of a warp's 32 keys: left operands, and sums over queries.
+struct Owned {
+  Rows keys, values;
+  Sums d_keys, d_values;
+};
+
+// Products of 32 rows with 8 columns.
+template <typename T>
+__device__ inline void multiply_eight(float (&products)[2][4], const Rows& rows, uint32_t columns) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t b[4];
+    load_matrices(b, columns ^ (half * 4 * kChunkBytes));
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        multiply<T>(products[m], rows[m][2 * half + k], b[2 * k], b[2 * k + 1]);
+  }
+}
+
+// 16 queries of a tile: adds to dK and dV of 32 keys, and stores gradients of scores.
+template <typename T>
+__device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums,
+                                uint32_t gradients_to, int step, int count, float scale_log2) {
+  const int lane = hidden_thread() % kWarp;
+  const uint32_t along = queries + along_offset(lane);
+  const uint32_t across = queries + chunk_offset(lane % 8, lane / 8);
+  Scores weights;
+  Weights rounded;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float scores[2][4] = {};
+    multiply_eight<T>(scores, r.keys, across + n * 8 * kRowBytes);
+    const float2 subtrahends = sums[n * 4 + lane % 4]; // of this lane's two columns
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        weights[m][n][i] = exp2_approximate(
+            fmaf(scores[m][i], scale_log2, -(i % 2 == 0 ? subtrahends.x : subtrahends.y)));
+  }
+  if (count < kWarpRows)
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (m * kMmaRows + i / 2 * 8 + lane / 4 >= count)
+            weights[m][n][i] = 0.0f;
+  round_weights<T>(rounded, weights);
+  multiply_along<T>(r.d_values, rounded, along + kQueryTile);
+  gradients_to += score_offset(lane / 4, step * 2) + lane % 4 * sizeof(uint32_t);
+  // 8 queries at a time: registers are few here.
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float gradients[2][4] = {};
+    multiply_eight<T>(gradients, r.values, across + kQueryTile + n * 8 * kRowBytes);
+    const float2 subtrahends = sums[kQueries / 2 + n * 4 + lane % 4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* g = gradients[m] + 2 * half;
+        const float* w = weights[m][n] + 2 * half;
+        const uint32_t bits = pack<T>(w[0] * (g[0] - subtrahends.x), w[1] * (g[1] - subtrahends.y));
+        store_shared(
+            (gradients_to ^ (n * kChunkBytes)) + (m * kMmaRows + half * 8) * kScoreRowBytes, bits);
+        rounded[m][2 * n + half] = bits;
+      }
+  }
+  multiply_along<T>(r.d_keys, rounded, along);
+}
+
+// Products of 8 rows with 8 rows, all 64 channels: a lane gets row lane / 4 and two columns.
+template <typename T> __device__ inline float2 multiply_eights(uint32_t rows, uint32_t columns) {
+  const int lane = hidden_thread() % kWarp;
+  const uint32_t offset = chunk_offset(lane % 8, lane / 8);
+  float sums[4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t a[4], b[4];
+    load_matrices(a, (rows + offset) ^ (half * 4 * kChunkBytes));
+    load_matrices(b, (columns + offset) ^ (half * 4 * kChunkBytes));
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t upper[4] = {a[2 * k], 0, a[2 * k + 1], 0};
+      multiply<T>(sums, upper, b[2 * k], b[2 * k + 1]);
+    }
+  }
+  return make_float2(sums[0], sums[1]);
+}
+
+// Weights of the keys left and 8 queries of a tile, and their gradients, to shared memory.
+template <typename T>
+__device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* sums, int queries8,
+                                  int left, float scale_log2) {
+  using L = Layout<kLeftWarps>;
+  const int lane = hidden_thread() % kWarp;
+  const uint32_t query_rows = tile + queries8 * 8 * kRowBytes, keys = shared + L::kKeys * kRowBytes;
+  const float2 lse2 = sums[queries8 * 4 + lane % 4];
+  const float2 delta = sums[kQueries / 2 + queries8 * 4 + lane % 4];
+  float2 weights = multiply_eights<T>(keys, query_rows);
+  weights.x = exp2_approximate(fmaf(weights.x, scale_log2, -lse2.x));
+  weights.y = exp2_approximate(fmaf(weights.y, scale_log2, -lse2.y));
+  if (lane / 4 >= left)
+    weights = make_float2(0.0f, 0.0f);
+  const float2 d = multiply_eights<T>(keys + L::kValues, query_rows + kQueryTile);
+  const uint32_t offset = score_offset(lane / 4, queries8) + lane % 4 * sizeof(uint32_t);
+  store_shared(shared + L::kLeftWeights + offset, pack<T>(weights.x, weights.y));
+  store_shared(shared + L::kLeftScores + offset,
+               pack<T>(weights.x * (d.x - delta.x), weights.y * (d.y - delta.y)));
+}
+
+// dV^T of the keys left by four warps, dK^T by four, 16 channels each: += a tile of queries.
+template <typename T>
+__device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile, int warp) {
+  using L = Layout<kLeftWarps>;
+  const int lane = hidden_thread() % kWarp;
+  const bool of_values = warp < kLeftWarps / 2;
+  uint32_t b[4];
+  load_matrices(b, shared + (of_values ? L::kLeftWeights : L::kLeftScores) +
+                       score_offset(lane % 8, lane / 8));
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    uint32_t a[4];
+    load_matrices_transposed(a, ((tile + (of_values ? kQueryTile : 0) + across_offset(lane)) ^
+                                 (warp % 4 * kMatrixBytes)) +
+                                    step * kStepBytes);
+    multiply<T>(sums, a, b[2 * step], b[2 * step + 1]);
+  }
+}
+
+// Writes what add_left summed, by way of shared memory.
+template <typename T>
+__device__ inline void store_left(const Params& p, const Place& place, const float (&sums)[4],
+                                  unsigned char* shared, int warp, int left) {
+  using L = Layout<kLeftWarps>;
+  const int lane = threadIdx.x % kWarp;
+  const bool of_values = warp < kLeftWarps / 2;
+  T* staging = reinterpret_cast<T*>(shared + L::kTiles); // [2, 8, 64]
+  const float factor = of_values ? 1.0f : p.scale;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int key = lane % 4 * 2 + i % 2, channel = warp % 4 * kMmaRows + i / 2 * 8 + lane / 4;
+    from_float(staging[((of_values ? 0 : 1) * kLeftColumns + key) * kHeadDim + channel],
+               sums[i] * factor);
+  }
+  __syncthreads();
+  const int row = threadIdx.x / kRowChunks, key = row % kLeftColumns, chunk = lane % kRowChunks;
+  if (row >= 2 * kLeftColumns || key >= left)
+    return;
+  const Heads& to = row < kLeftColumns ? p.d_v : p.d_k;
+  T* rows = rows_of<T>(to, place.first_key + L::kKeys + key, place);
+  __stwb(reinterpret_cast<uint4*>(rows) + chunk,
+         reinterpret_cast<const uint4*>(staging)[row * kRowChunks + chunk]);
+}
+
+// Writes 16 rows of 16 channels times a factor by way of 512 bytes of shared memory that no other
+// warp uses: rows of two 16-byte vectors. Vectors are exchanged every four rows, so that neither
+// side has bank conflicts.
+template <typename T>
+__device__ inline void store_block(T* to, int64_t row_stride, int count, const float (&sums)[2][4],
+                                   float factor, unsigned char* staging) {
+  const int lane = hidden_thread() % kWarp;
+  const auto offset = [](int row, int chunk) {
+    return (row * 2 + (chunk ^ (row >> 2 & 1))) * kChunkBytes;
+  };
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<uint32_t*>(staging + offset(half * 8 + lane / 4, n) + lane % 4 * 4) =
+          pack<T>(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
+  __syncwarp();
+  const int row = lane / 2, chunk = lane % 2;
+  const uint4 bits = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
+  if (row < count)
+    __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
+}
+
+// dQ of 16 queries of a tile and some of the channels: all keys are in shared memory.
+template <typename T, int kWarps>
+__device__ inline void store_d_queries(const Params& p, const Place& place, int tile,
+                                       unsigned char* shared) {
+  using L = Layout<kWarps>;
+  constexpr int kParts = kWarps / 2;                    // of the channels, by a warp each
+  constexpr int kBlocks = kHeadDim / kParts / kMmaRows; // of 16 channels, of a warp
+  const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
+  const int half = warp % 2, count = place.queries - tile * kQueries - half * kMmaRows;
+  if (count <= 0)
+    return;
+  const uint32_t base = shared_address(shared);
+  const int steps = (min(place.keys, L::kKeys) + kStep - 1) / kStep;
+#pragma unroll 1
+  for (int block = warp / 2 * kBlocks; block < (warp / 2 + 1) * kBlocks; ++block) {
+    float sums[2][4] = {};
+    uint32_t a_address =
+        base + L::kScores + score_offset(lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2);
+    uint32_t b_address = (base + along_offset(lane)) ^ (block * kMatrixBytes);
+#pragma unroll 4
+    for (int step = 0; step < steps; ++step) {
+      uint32_t a[4], b[4];
+      load_matrices_transposed(a, a_address);
+      load_matrices_transposed(b, b_address);
+      multiply<T>(sums[0], a, b[0], b[1]);
+      multiply<T>(sums[1], a, b[2], b[3]);
+      a_address += kStep * kScoreRowBytes;
+      b_address += kStepBytes;
+    }
+    if constexpr (kHasLeft<kWarps>)
+      if (place.keys > L::kKeys) {
+        uint32_t a[2], b[2];
+        const int row = lane % 8, matrix = lane / 8 % 2;
+        load_matrices_transposed(a, base + L::kLeftScores + score_offset(row, half * 2 + matrix));
+        load_matrices_transposed(b, base + chunk_offset(L::kKeys + row, block * 2 + matrix));
+        const uint32_t left_half[4] = {a[0], a[1], 0, 0};
+        multiply<T>(sums[0], left_half, b[0], 0);
+        multiply<T>(sums[1], left_half, b[1], 0);
+      }
+    T* to = rows_of<T>(p.d_q, place.first_query + tile * kQueries + half * kMmaRows, place);
+    store_block<T>(to + block * kMmaRows, p.d_q.row_stride, count, sums, p.scale,
+                   shared + L::kStaging + warp * kBlockBytes);
+  }
+}
+
+template <int kWarps>
+constexpr int kResidentCtas = kHasLeft<kWarps> ? 1 : 4; // of an SM, by their registers
+
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
+    attention_backward_resident_kernel(const Params p) {
+  using L = Layout<kWarps>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  // Kept in shared memory: sums need the registers.
+  Place& place = *reinterpret_cast<Place*>(shared + L::kPlace);
+  {
+    const Place here = place_of(p);
+    if (threadIdx.x == 0)
+      place = here;
+    copy_sequence<T, kWarps>(base, rows_of<T>(p.k, here.first_key, here), p.k.row_stride,
+                             here.keys);
+    copy_sequence<T, kWarps>(base + L::kValues, rows_of<T>(p.v, here.first_key, here),
+                             p.v.row_stride, here.keys);
+    copy_queries<T, kWarps>(p, here, 0, base);
+    wait_for_copies();
+    sum_queries<T, kWarps>(here, 0, shared);
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / kWarp, warp_row = warp * kWarpRows;
+  const int count = min(kWarpRows, place.keys - warp_row);
+  const auto* sums = reinterpret_cast<const float2*>(shared + L::kSums); // lse2, then delta
+  Owned r;
+  float left_sums[4] = {};
+  clear(r.d_keys);
+  clear(r.d_values);
+  if (count > 0) {
+    load_rows(r.keys, base + warp_row * kRowBytes, along_offset());
+    load_rows(r.values, base + L::kValues + warp_row * kRowBytes, along_offset());
+  }
+#pragma unroll 1
+  for (int tile = 0; tile * kQueries < place.queries; ++tile) {
+    const bool last = (tile + 1) * kQueries >= place.queries;
+    if (!last)
+      copy_queries<T, kWarps>(p, place, tile + 1, base);
+    const uint32_t queries = base + L::kTiles + tile % 2 * L::kTilePlace;
+    if (count > 0)
+#pragma unroll 1
+      for (int step = 0; step * kStep < min(kQueries, place.queries - tile * kQueries); ++step)
+        add_step<T>(r, queries + step * kStepBytes, sums + step * 8,
+                    base + L::kScores + warp_row * kScoreRowBytes, step, count, p.scale_log2);
+    // The four warps of a tile take turns.
+    if constexpr (kHasLeft<kWarps>)
+      if (place.keys > L::kKeys && warp / 4 == tile % 2)
+        score_left<T>(base, queries, sums, warp % 4, place.keys - L::kKeys, p.scale_log2);
+    __syncthreads(); // gradients of scores are here
+    if constexpr (kHasLeft<kWarps>)
+      if (place.keys > L::kKeys)
+        add_left<T>(left_sums, base, queries, warp);
+    store_d_queries<T, kWarps>(p, place, tile, shared);
+    if (!last) {
+      wait_for_copies();
+      sum_queries<T, kWarps>(place, tile + 1, shared);
+    }
+    __syncthreads(); // the next tile is here, and nobody reads gradients any more
+  }
+  if constexpr (kHasLeft<kWarps>)
+    if (place.keys > L::kKeys)
+      store_left<T>(p, place, left_sums, shared, warp, place.keys - L::kKeys);
+  if (count <= 0)
+    return;
+  unsigned char* staging = shared + warp_row * kRowBytes;
+  store_rows(rows_of<T>(p.d_v, place.first_key + warp_row, place), p.d_v.row_stride, count,
+             r.d_values, 1.0f, staging);
+  store_rows(rows_of<T>(p.d_k, place.first_key + warp_row, place), p.d_k.row_stride, count,
+             r.d_keys, p.scale, staging);
+}
+
+} // namespace
+} // namespace dinov2_fast
