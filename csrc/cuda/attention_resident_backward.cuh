@@ -1,14 +1,14 @@
 // The backward pass of short sequences in one kernel: a CTA holds all keys and values of a sequence
-// and head, 32 a warp, and queries pass by in tiles of 32. No atomics, no workspace; sums keep
+// and head, 32 a warp, and queries pass by in tiles of 64. No atomics, no workspace; sums keep
 // their order, so every run gives the same bits.
 //
 // With S^T = K Q^T and dP^T = V dO^T a warp's weights and their gradients are left operands of dV
 // and dK as they come out of a product. Gradients of scores go through shared memory once, after
 // which dQ of the tile is complete: delta = rowsum(dO * O), dS = P * (dP - delta), dQ = dS K.
 //
-// 257 = 1 + 256: up to 8 keys past the warps' are "left". Their scores are one product of 8 rows,
-// a part of a tile's queries by each of four warps; their gradients, transposed, belong 16 channels
-// to a warp, which costs it 4 registers.
+// 257 = 256 + 1: up to 8 keys past the warps' are "left". Their scores are products of 8 rows, each
+// warp's with 8 queries of a tile; their gradients, transposed, belong 16 channels to a warp, which
+// costs it 4 registers.
 // Source: Dao, "FlashAttention-2", 2023, section 3.1.2.
 #pragma once
 
@@ -17,38 +17,38 @@
 namespace dinov2_fast {
 namespace {
 
-constexpr int kQueries = 32;    // of a tile
-constexpr int kLeftColumns = 8; // keys past the warps', at most: a product's n
-constexpr int kLeftWarps = 8;   // of a CTA that can have keys left: they share dK and dV of those
+constexpr int kQueries = 64;  // of a tile
+constexpr int kLeftKeys = 8;  // at most: the n of a product
+constexpr int kLeftWarps = 8; // of a CTA that can have keys left; each has 8 queries of a tile
 constexpr int kQueryTile = kQueries * kRowBytes;
-constexpr int kScoreRowBytes = kQueries * 2;         // of a key's gradients of scores
 constexpr int kBlockBytes = kMmaRows * kMatrixBytes; // 16 rows of 16 channels
+static_assert(kLeftWarps * 8 == kQueries && kTileColumns == kQueries, "tiles are square");
 
 template <int kWarps> constexpr bool kHasLeft = kWarps == kLeftWarps;
 
-// Where things lie in shared memory, in bytes.
+// Where things lie in shared memory, in bytes. The gradients of scores are a tile whose rows are
+// keys and whose columns are queries.
 template <int kWarps> struct Layout {
   static constexpr int kKeys = kWarps * kWarpRows;
-  static constexpr int kRows = kKeys + (kHasLeft<kWarps> ? kLeftColumns : 0);
+  static constexpr int kRows = kKeys + (kHasLeft<kWarps> ? kLeftKeys : 0);
+  static constexpr bool kOneTile = kRows <= kQueries; // of queries, of which there are no more
   static constexpr int kValues = kRows * kRowBytes;
   static constexpr int kTiles = 2 * kValues;
   static constexpr int kTilePlace = 3 * kQueryTile; // queries, d_out, out
-  static constexpr int kScores = kTiles + 2 * kTilePlace;
-  // Gradients by key; then those of keys left; then weights of keys left.
-  static constexpr int kLeftScores = kScores + kKeys * kScoreRowBytes;
-  static constexpr int kLeftWeights = kLeftScores + kLeftColumns * kScoreRowBytes;
-  static constexpr int kSums =
-      kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftColumns * kScoreRowBytes : 0);
-  static constexpr int kLse = kSums + kQueries * static_cast<int>(sizeof(float2));
+  // Nobody reads the output any more when the gradients come.
+  static constexpr int kScores = kTiles + (kOneTile ? 2 * kQueryTile : 2 * kTilePlace);
+  static constexpr int kLeftScores = kScores + kKeys * kRowBytes;
+  static constexpr int kLeftWeights = kLeftScores + kLeftKeys * kRowBytes;
+  static constexpr int kSums = kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftKeys * kRowBytes : 0);
+  static constexpr int kLse = kSums + 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kStaging = kLse + kQueries * static_cast<int>(sizeof(float));
   static constexpr int kPlace = kStaging + kWarps * kBlockBytes;
-  static constexpr int kBytes = kPlace + sizeof(Place);
-};
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(Place));
 
-// A chunk of a key's 32 queries: neighbouring pairs of keys lie in different banks.
-__device__ inline uint32_t score_offset(int key, int chunk) {
-  return static_cast<uint32_t>(key * kScoreRowBytes + (chunk ^ (key >> 1 & 3)) * kChunkBytes);
-}
+  static __device__ int tile(int number) {
+    return kTiles + (kOneTile ? 0 : number % 2 * kTilePlace);
+  }
+};
 
 // The number of this thread, hidden: what is computed from it in a loop stays there, and takes no
 // registers outside.
@@ -56,6 +56,11 @@ __device__ inline int hidden_thread() {
   int thread = threadIdx.x;
   asm volatile("" : "+r"(thread));
   return thread;
+}
+
+// Queries of a tile, up to whole steps.
+__device__ inline int steps_of(const Place& place, int tile) {
+  return (min(kQueries, place.queries - tile * kQueries) + kStep - 1) / kStep;
 }
 
 // Copies a tile of queries. A thread copies a chunk of a row of each kind, and the thread of a
@@ -66,17 +71,15 @@ __device__ inline void copy_queries(const Params& p, const Place& place, int til
   constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
   using L = Layout<kWarps>;
   const int thread = hidden_thread();
-  const uint32_t to = shared + L::kTiles + tile % 2 * L::kTilePlace;
   const int chunk = thread % kRowChunks, element = chunk * (kHeadDim / kRowChunks);
-#pragma unroll
-  for (int i = 0; i < kQueries / kRowsAtOnce; ++i) {
-    const int row = thread / kRowChunks + i * kRowsAtOnce;
+  const int end = steps_of(place, tile) * kStep;
+  for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
     const int64_t query = place.first_query + tile * kQueries + row;
     const bool exists = tile * kQueries + row < place.queries;
-    const uint32_t chunk_to = to + chunk_offset(row, chunk);
-    copy_chunk_async(chunk_to, rows_of<T>(p.q, query, place) + element, exists);
-    copy_chunk_async(chunk_to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
-    copy_chunk_async(chunk_to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
+    const uint32_t to = shared + L::tile(tile) + chunk_offset(row, chunk);
+    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, exists);
+    copy_chunk_async(to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
+    copy_chunk_async(to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
     if (chunk == 0)
       copy_float_async(shared + L::kLse + row * sizeof(float),
                        p.lse + place.head * p.num_queries + query, exists);
@@ -89,22 +92,19 @@ template <typename T, int kWarps>
 __device__ inline void sum_queries(const Place& place, int tile, unsigned char* shared) {
   constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
   using L = Layout<kWarps>;
-  const int thread = hidden_thread();
-  const unsigned char* from = shared + L::kTiles + tile % 2 * L::kTilePlace + kQueryTile;
-  const int chunk = thread % kRowChunks;
-#pragma unroll
-  for (int i = 0; i < kQueries / kRowsAtOnce; ++i) {
-    const int row = thread / kRowChunks + i * kRowsAtOnce;
-    const auto* d_out = reinterpret_cast<const uint4*>(from + chunk_offset(row, chunk));
-    float delta = dot<T>(d_out[0], d_out[kQueryTile / kChunkBytes]);
+  const int thread = hidden_thread(), chunk = thread % kRowChunks;
+  const int end = steps_of(place, tile) * kStep;
+  for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
+    const uint32_t from =
+        shared_address(shared) + L::tile(tile) + kQueryTile + chunk_offset(row, chunk);
+    float delta = dot<T>(load_shared(from), load_shared(from + kQueryTile));
 #pragma unroll
     for (int distance = 1; distance < kRowChunks; distance *= 2)
       delta += __shfl_xor_sync(0xffffffffu, delta, distance);
     if (chunk == 0) {
       const float lse = reinterpret_cast<const float*>(shared + L::kLse)[row];
-      const float lse2 = tile * kQueries + row < place.queries ? lse * kLog2E : INFINITY;
       auto* sums = reinterpret_cast<float*>(shared + L::kSums);
-      sums[row] = lse2;
+      sums[row] = tile * kQueries + row < place.queries ? lse * kLog2E : INFINITY;
       sums[kQueries + row] = delta;
     }
   }
@@ -175,7 +175,7 @@ __device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums,
             weights[m][n][i] = 0.0f;
   round_weights<T>(rounded, weights);
   multiply_along<T>(r.d_values, rounded, along + kQueryTile);
-  gradients_to += score_offset(lane / 4, step * 2) + lane % 4 * sizeof(uint32_t);
+  gradients_to += chunk_offset(lane / 4, step * 2) + lane % 4 * sizeof(uint32_t);
   // 8 queries at a time: registers are few here.
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
@@ -189,8 +189,8 @@ __device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums,
         const float* g = gradients[m] + 2 * half;
         const float* w = weights[m][n] + 2 * half;
         const uint32_t bits = pack<T>(w[0] * (g[0] - subtrahends.x), w[1] * (g[1] - subtrahends.y));
-        store_shared(
-            (gradients_to ^ (n * kChunkBytes)) + (m * kMmaRows + half * 8) * kScoreRowBytes, bits);
+        store_shared((gradients_to ^ (n * kChunkBytes)) + (m * kMmaRows + half * 8) * kRowBytes,
+                     bits);
         rounded[m][2 * n + half] = bits;
       }
   }
@@ -218,20 +218,20 @@ template <typename T> __device__ inline float2 multiply_eights(uint32_t rows, ui
 
 // Weights of the keys left and 8 queries of a tile, and their gradients, to shared memory.
 template <typename T>
-__device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* sums, int queries8,
+__device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* sums, int eight,
                                   int left, float scale_log2) {
   using L = Layout<kLeftWarps>;
   const int lane = hidden_thread() % kWarp;
-  const uint32_t query_rows = tile + queries8 * 8 * kRowBytes, keys = shared + L::kKeys * kRowBytes;
-  const float2 lse2 = sums[queries8 * 4 + lane % 4];
-  const float2 delta = sums[kQueries / 2 + queries8 * 4 + lane % 4];
+  const uint32_t query_rows = tile + eight * 8 * kRowBytes, keys = shared + L::kKeys * kRowBytes;
+  const float2 lse2 = sums[eight * 4 + lane % 4];
+  const float2 delta = sums[kQueries / 2 + eight * 4 + lane % 4];
   float2 weights = multiply_eights<T>(keys, query_rows);
   weights.x = exp2_approximate(fmaf(weights.x, scale_log2, -lse2.x));
   weights.y = exp2_approximate(fmaf(weights.y, scale_log2, -lse2.y));
   if (lane / 4 >= left)
     weights = make_float2(0.0f, 0.0f);
   const float2 d = multiply_eights<T>(keys + L::kValues, query_rows + kQueryTile);
-  const uint32_t offset = score_offset(lane / 4, queries8) + lane % 4 * sizeof(uint32_t);
+  const uint32_t offset = chunk_offset(lane / 4, eight) + lane % 4 * sizeof(uint32_t);
   store_shared(shared + L::kLeftWeights + offset, pack<T>(weights.x, weights.y));
   store_shared(shared + L::kLeftScores + offset,
                pack<T>(weights.x * (d.x - delta.x), weights.y * (d.y - delta.y)));
@@ -239,20 +239,20 @@ __device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* 
 
 // dV^T of the keys left by four warps, dK^T by four, 16 channels each: += a tile of queries.
 template <typename T>
-__device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile, int warp) {
+__device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile, int warp,
+                                int steps) {
   using L = Layout<kLeftWarps>;
   const int lane = hidden_thread() % kWarp;
   const bool of_values = warp < kLeftWarps / 2;
-  uint32_t b[4];
-  load_matrices(b, shared + (of_values ? L::kLeftWeights : L::kLeftScores) +
-                       score_offset(lane % 8, lane / 8));
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    uint32_t a[4];
-    load_matrices_transposed(a, ((tile + (of_values ? kQueryTile : 0) + across_offset(lane)) ^
-                                 (warp % 4 * kMatrixBytes)) +
-                                    step * kStepBytes);
-    multiply<T>(sums, a, b[2 * step], b[2 * step + 1]);
+  const uint32_t rows = tile + (of_values ? kQueryTile : 0) + across_offset(lane);
+  const uint32_t columns = shared + (of_values ? L::kLeftWeights : L::kLeftScores) +
+                           chunk_offset(lane % 8, lane / 8 % 2);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    uint32_t a[4], b[2];
+    load_matrices_transposed(a, (rows ^ (warp % 4 * kMatrixBytes)) + step * kStepBytes);
+    load_matrices(b, columns ^ (step * kMatrixBytes));
+    multiply<T>(sums, a, b[0], b[1]);
   }
 }
 
@@ -268,14 +268,14 @@ __device__ inline void store_left(const Params& p, const Place& place, const flo
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int key = lane % 4 * 2 + i % 2, channel = warp % 4 * kMmaRows + i / 2 * 8 + lane / 4;
-    from_float(staging[((of_values ? 0 : 1) * kLeftColumns + key) * kHeadDim + channel],
+    from_float(staging[((of_values ? 0 : 1) * kLeftKeys + key) * kHeadDim + channel],
                sums[i] * factor);
   }
   __syncthreads();
-  const int row = threadIdx.x / kRowChunks, key = row % kLeftColumns, chunk = lane % kRowChunks;
-  if (row >= 2 * kLeftColumns || key >= left)
+  const int row = threadIdx.x / kRowChunks, key = row % kLeftKeys, chunk = lane % kRowChunks;
+  if (row >= 2 * kLeftKeys || key >= left)
     return;
-  const Heads& to = row < kLeftColumns ? p.d_v : p.d_k;
+  const Heads& to = row < kLeftKeys ? p.d_v : p.d_k;
   T* rows = rows_of<T>(to, place.first_key + L::kKeys + key, place);
   __stwb(reinterpret_cast<uint4*>(rows) + chunk,
          reinterpret_cast<const uint4*>(staging)[row * kRowChunks + chunk]);
@@ -305,7 +305,7 @@ __device__ inline void store_block(T* to, int64_t row_stride, int count, const f
     __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
 }
 
-// dQ of 16 queries of a tile and some of the channels: all keys are in shared memory.
+// dQ of 32 queries of a tile and some of the channels: all keys are in shared memory.
 template <typename T, int kWarps>
 __device__ inline void store_d_queries(const Params& p, const Place& place, int tile,
                                        unsigned char* shared) {
@@ -313,40 +313,54 @@ __device__ inline void store_d_queries(const Params& p, const Place& place, int 
   constexpr int kParts = kWarps / 2;                    // of the channels, by a warp each
   constexpr int kBlocks = kHeadDim / kParts / kMmaRows; // of 16 channels, of a warp
   const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
-  const int half = warp % 2, count = place.queries - tile * kQueries - half * kMmaRows;
+  const int half = warp % 2, count = place.queries - tile * kQueries - half * kWarpRows;
   if (count <= 0)
     return;
   const uint32_t base = shared_address(shared);
   const int steps = (min(place.keys, L::kKeys) + kStep - 1) / kStep;
+  const int chunk = half * 4 + lane / 8 % 2; // of the first 16 queries
 #pragma unroll 1
   for (int block = warp / 2 * kBlocks; block < (warp / 2 + 1) * kBlocks; ++block) {
-    float sums[2][4] = {};
-    uint32_t a_address =
-        base + L::kScores + score_offset(lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2);
+    float sums[2][2][4] = {};
+    uint32_t a_address = base + L::kScores + chunk_offset(lane % 8 + lane / 16 * 8, chunk);
     uint32_t b_address = (base + along_offset(lane)) ^ (block * kMatrixBytes);
-#pragma unroll 4
+#pragma unroll 2
     for (int step = 0; step < steps; ++step) {
-      uint32_t a[4], b[4];
-      load_matrices_transposed(a, a_address);
+      uint32_t b[4];
       load_matrices_transposed(b, b_address);
-      multiply<T>(sums[0], a, b[0], b[1]);
-      multiply<T>(sums[1], a, b[2], b[3]);
-      a_address += kStep * kScoreRowBytes;
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        if (m * kMmaRows < count) {
+          uint32_t a[4];
+          load_matrices_transposed(a, a_address ^ (m * kMatrixBytes));
+          multiply<T>(sums[m][0], a, b[0], b[1]);
+          multiply<T>(sums[m][1], a, b[2], b[3]);
+        }
+      a_address += kStepBytes;
       b_address += kStepBytes;
     }
     if constexpr (kHasLeft<kWarps>)
       if (place.keys > L::kKeys) {
-        uint32_t a[2], b[2];
+        uint32_t b[2];
         const int row = lane % 8, matrix = lane / 8 % 2;
-        load_matrices_transposed(a, base + L::kLeftScores + score_offset(row, half * 2 + matrix));
         load_matrices_transposed(b, base + chunk_offset(L::kKeys + row, block * 2 + matrix));
-        const uint32_t left_half[4] = {a[0], a[1], 0, 0};
-        multiply<T>(sums[0], left_half, b[0], 0);
-        multiply<T>(sums[1], left_half, b[1], 0);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+          if (m * kMmaRows < count) {
+            uint32_t a[2];
+            load_matrices_transposed(a, (base + L::kLeftScores + chunk_offset(row, chunk)) ^
+                                            (m * kMatrixBytes));
+            const uint32_t left_half[4] = {a[0], a[1], 0, 0};
+            multiply<T>(sums[m][0], left_half, b[0], 0);
+            multiply<T>(sums[m][1], left_half, b[1], 0);
+          }
       }
-    T* to = rows_of<T>(p.d_q, place.first_query + tile * kQueries + half * kMmaRows, place);
-    store_block<T>(to + block * kMmaRows, p.d_q.row_stride, count, sums, p.scale,
-                   shared + L::kStaging + warp * kBlockBytes);
+    T* to = rows_of<T>(p.d_q, place.first_query + tile * kQueries + half * kWarpRows, place);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+      store_block<T>(to + m * kMmaRows * p.d_q.row_stride + block * kMmaRows, p.d_q.row_stride,
+                     count - m * kMmaRows, sums[m], p.scale,
+                     shared + L::kStaging + warp * kBlockBytes);
   }
 }
 
@@ -387,30 +401,31 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
     load_rows(r.values, base + L::kValues + warp_row * kRowBytes, along_offset());
   }
 #pragma unroll 1
-  for (int tile = 0; tile * kQueries < place.queries; ++tile) {
-    const bool last = (tile + 1) * kQueries >= place.queries;
-    if (!last)
+  for (int tile = 0; place.queries > 0; ++tile) {
+    const bool more = !L::kOneTile && (tile + 1) * kQueries < place.queries;
+    if (more)
       copy_queries<T, kWarps>(p, place, tile + 1, base);
-    const uint32_t queries = base + L::kTiles + tile % 2 * L::kTilePlace;
+    const uint32_t queries = base + L::tile(tile);
     if (count > 0)
 #pragma unroll 1
-      for (int step = 0; step * kStep < min(kQueries, place.queries - tile * kQueries); ++step)
+      for (int step = 0; step < steps_of(place, tile); ++step)
         add_step<T>(r, queries + step * kStepBytes, sums + step * 8,
-                    base + L::kScores + warp_row * kScoreRowBytes, step, count, p.scale_log2);
-    // The four warps of a tile take turns.
+                    base + L::kScores + warp_row * kRowBytes, step, count, p.scale_log2);
     if constexpr (kHasLeft<kWarps>)
-      if (place.keys > L::kKeys && warp / 4 == tile % 2)
-        score_left<T>(base, queries, sums, warp % 4, place.keys - L::kKeys, p.scale_log2);
+      if (place.keys > L::kKeys && warp < 2 * steps_of(place, tile))
+        score_left<T>(base, queries, sums, warp, place.keys - L::kKeys, p.scale_log2);
     __syncthreads(); // gradients of scores are here
     if constexpr (kHasLeft<kWarps>)
       if (place.keys > L::kKeys)
-        add_left<T>(left_sums, base, queries, warp);
+        add_left<T>(left_sums, base, queries, warp, steps_of(place, tile));
     store_d_queries<T, kWarps>(p, place, tile, shared);
-    if (!last) {
+    if (more) {
       wait_for_copies();
       sum_queries<T, kWarps>(place, tile + 1, shared);
     }
     __syncthreads(); // the next tile is here, and nobody reads gradients any more
+    if (!more)
+      break;
   }
   if constexpr (kHasLeft<kWarps>)
     if (place.keys > L::kKeys)
