@@ -21,7 +21,7 @@ constexpr int kQueries = 64;  // of a tile
 constexpr int kLeftKeys = 8;  // at most: the n of a product
 constexpr int kLeftWarps = 8; // of a CTA that can have keys left; each has 8 queries of a tile
 constexpr int kQueryTile = kQueries * kRowBytes;
-constexpr int kBlockBytes = kMmaRows * kMatrixBytes; // 16 rows of 16 channels
+constexpr int kBlockBytes = kWarpRows * kMatrixBytes; // 32 rows of 16 channels
 static_assert(kLeftWarps * 8 == kQueries && kTileColumns == kQueries, "tiles are square");
 
 template <int kWarps> constexpr bool kHasLeft = kWarps == kLeftWarps;
@@ -42,7 +42,7 @@ template <int kWarps> struct Layout {
   static constexpr int kSums = kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftKeys * kRowBytes : 0);
   static constexpr int kLse = kSums + 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kStaging = kLse + kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kPlace = kStaging + kWarps * kBlockBytes;
+  static constexpr int kPlace = kStaging + 2 * kTileColumns / kMmaRows * kBlockBytes;
   static constexpr int kBytes = kPlace + static_cast<int>(sizeof(Place));
 
   static __device__ int tile(int number) {
@@ -145,9 +145,10 @@ __device__ inline void multiply_eight(float (&products)[2][4], const Rows& rows,
 
 // 16 queries of a tile: adds to dK and dV of 32 keys, and stores gradients of scores.
 template <typename T>
-__device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums,
-                                uint32_t gradients_to, int step, int count, float scale_log2) {
-  const int lane = hidden_thread() % kWarp;
+__device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums, uint32_t scores,
+                                int step, int keys, float scale_log2) {
+  const int thread = hidden_thread(), lane = thread % kWarp;
+  const int warp_row = thread / kWarp * kWarpRows;
   const uint32_t along = queries + along_offset(lane);
   const uint32_t across = queries + chunk_offset(lane % 8, lane / 8);
   Scores weights;
@@ -164,18 +165,19 @@ __device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums,
         weights[m][n][i] = exp2_approximate(
             fmaf(scores[m][i], scale_log2, -(i % 2 == 0 ? subtrahends.x : subtrahends.y)));
   }
-  if (count < kWarpRows)
+  if (keys < warp_row + kWarpRows)
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (m * kMmaRows + i / 2 * 8 + lane / 4 >= count)
+          if (m * kMmaRows + i / 2 * 8 + lane / 4 >= keys - warp_row)
             weights[m][n][i] = 0.0f;
   round_weights<T>(rounded, weights);
   multiply_along<T>(r.d_values, rounded, along + kQueryTile);
-  gradients_to += chunk_offset(lane / 4, step * 2) + lane % 4 * sizeof(uint32_t);
+  const uint32_t gradients_to = scores + warp_row * kRowBytes + chunk_offset(lane / 4, step * 2) +
+                                lane % 4 * sizeof(uint32_t);
   // 8 queries at a time: registers are few here.
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
@@ -218,10 +220,10 @@ template <typename T> __device__ inline float2 multiply_eights(uint32_t rows, ui
 
 // Weights of the keys left and 8 queries of a tile, and their gradients, to shared memory.
 template <typename T>
-__device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* sums, int eight,
-                                  int left, float scale_log2) {
+__device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* sums, int left,
+                                  float scale_log2) {
   using L = Layout<kLeftWarps>;
-  const int lane = hidden_thread() % kWarp;
+  const int thread = hidden_thread(), lane = thread % kWarp, eight = thread / kWarp;
   const uint32_t query_rows = tile + eight * 8 * kRowBytes, keys = shared + L::kKeys * kRowBytes;
   const float2 lse2 = sums[eight * 4 + lane % 4];
   const float2 delta = sums[kQueries / 2 + eight * 4 + lane % 4];
@@ -239,10 +241,9 @@ __device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* 
 
 // dV^T of the keys left by four warps, dK^T by four, 16 channels each: += a tile of queries.
 template <typename T>
-__device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile, int warp,
-                                int steps) {
+__device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile, int steps) {
   using L = Layout<kLeftWarps>;
-  const int lane = hidden_thread() % kWarp;
+  const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
   const bool of_values = warp < kLeftWarps / 2;
   const uint32_t rows = tile + (of_values ? kQueryTile : 0) + across_offset(lane);
   const uint32_t columns = shared + (of_values ? L::kLeftWeights : L::kLeftScores) +
@@ -259,9 +260,9 @@ __device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile
 // Writes what add_left summed, by way of shared memory.
 template <typename T>
 __device__ inline void store_left(const Params& p, const Place& place, const float (&sums)[4],
-                                  unsigned char* shared, int warp, int left) {
+                                  unsigned char* shared, int left) {
   using L = Layout<kLeftWarps>;
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool of_values = warp < kLeftWarps / 2;
   T* staging = reinterpret_cast<T*>(shared + L::kTiles); // [2, 8, 64]
   const float factor = of_values ? 1.0f : p.scale;
@@ -281,28 +282,35 @@ __device__ inline void store_left(const Params& p, const Place& place, const flo
          reinterpret_cast<const uint4*>(staging)[row * kRowChunks + chunk]);
 }
 
-// Writes 16 rows of 16 channels times a factor by way of 512 bytes of shared memory that no other
-// warp uses: rows of two 16-byte vectors. Vectors are exchanged every four rows, so that neither
-// side has bank conflicts.
+// Writes 32 rows of 16 channels times a factor by way of shared memory that no other warp uses, and
+// that no lane reads any more: rows of two 16-byte vectors. Vectors are exchanged every four rows,
+// so that neither side has bank conflicts.
 template <typename T>
-__device__ inline void store_block(T* to, int64_t row_stride, int count, const float (&sums)[2][4],
-                                   float factor, unsigned char* staging) {
+__device__ inline void store_block(T* to, int64_t row_stride, int count,
+                                   const float (&sums)[2][2][4], float factor,
+                                   unsigned char* staging) {
   const int lane = hidden_thread() % kWarp;
   const auto offset = [](int row, int chunk) {
     return (row * 2 + (chunk ^ (row >> 2 & 1))) * kChunkBytes;
   };
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * kMmaRows + half * 8 + lane / 4;
+        *reinterpret_cast<uint32_t*>(staging + offset(row, n) + lane % 4 * 4) =
+            pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
+      }
   __syncwarp();
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      *reinterpret_cast<uint32_t*>(staging + offset(half * 8 + lane / 4, n) + lane % 4 * 4) =
-          pack<T>(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
-  __syncwarp();
-  const int row = lane / 2, chunk = lane % 2;
-  const uint4 bits = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
-  if (row < count)
-    __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
+  for (int m = 0; m < 2; ++m) {
+    const int row = m * kMmaRows + lane / 2, chunk = lane % 2;
+    const uint4 bits = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
+    if (row < count)
+      __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
+  }
 }
 
 // dQ of 32 queries of a tile and some of the channels: all keys are in shared memory.
@@ -356,11 +364,8 @@ __device__ inline void store_d_queries(const Params& p, const Place& place, int 
           }
       }
     T* to = rows_of<T>(p.d_q, place.first_query + tile * kQueries + half * kWarpRows, place);
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-      store_block<T>(to + m * kMmaRows * p.d_q.row_stride + block * kMmaRows, p.d_q.row_stride,
-                     count - m * kMmaRows, sums[m], p.scale,
-                     shared + L::kStaging + warp * kBlockBytes);
+    store_block<T>(to + block * kMmaRows, p.d_q.row_stride, count, sums, p.scale,
+                   shared + L::kStaging + (warp * kBlocks + block % kBlocks) * kBlockBytes);
   }
 }
 
@@ -389,54 +394,55 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
   }
   __syncthreads();
 
-  const int warp = threadIdx.x / kWarp, warp_row = warp * kWarpRows;
-  const int count = min(kWarpRows, place.keys - warp_row);
+  const auto warp_row = [] { return hidden_thread() / kWarp * kWarpRows; };
+  const auto count_of_warp = [&] { return min(kWarpRows, place.keys - warp_row()); };
   const auto* sums = reinterpret_cast<const float2*>(shared + L::kSums); // lse2, then delta
   Owned r;
   float left_sums[4] = {};
   clear(r.d_keys);
   clear(r.d_values);
-  if (count > 0) {
-    load_rows(r.keys, base + warp_row * kRowBytes, along_offset());
-    load_rows(r.values, base + L::kValues + warp_row * kRowBytes, along_offset());
+  if (count_of_warp() > 0 && place.queries > 0) {
+    load_rows(r.keys, base + warp_row() * kRowBytes, along_offset());
+    load_rows(r.values, base + L::kValues + warp_row() * kRowBytes, along_offset());
   }
 #pragma unroll 1
   for (int tile = 0; place.queries > 0; ++tile) {
-    const bool more = !L::kOneTile && (tile + 1) * kQueries < place.queries;
-    if (more)
+    const auto more = [&] { return !L::kOneTile && (tile + 1) * kQueries < place.queries; };
+    if (more())
       copy_queries<T, kWarps>(p, place, tile + 1, base);
     const uint32_t queries = base + L::tile(tile);
-    if (count > 0)
+    if (count_of_warp() > 0)
 #pragma unroll 1
       for (int step = 0; step < steps_of(place, tile); ++step)
-        add_step<T>(r, queries + step * kStepBytes, sums + step * 8,
-                    base + L::kScores + warp_row * kRowBytes, step, count, p.scale_log2);
+        add_step<T>(r, queries + step * kStepBytes, sums + step * 8, base + L::kScores, step,
+                    place.keys, p.scale_log2);
     if constexpr (kHasLeft<kWarps>)
-      if (place.keys > L::kKeys && warp < 2 * steps_of(place, tile))
-        score_left<T>(base, queries, sums, warp, place.keys - L::kKeys, p.scale_log2);
+      if (place.keys > L::kKeys && hidden_thread() / kWarp < 2 * steps_of(place, tile))
+        score_left<T>(base, queries, sums, place.keys - L::kKeys, p.scale_log2);
     __syncthreads(); // gradients of scores are here
     if constexpr (kHasLeft<kWarps>)
       if (place.keys > L::kKeys)
-        add_left<T>(left_sums, base, queries, warp, steps_of(place, tile));
+        add_left<T>(left_sums, base, queries, steps_of(place, tile));
     store_d_queries<T, kWarps>(p, place, tile, shared);
-    if (more) {
+    if (more()) {
       wait_for_copies();
       sum_queries<T, kWarps>(place, tile + 1, shared);
     }
     __syncthreads(); // the next tile is here, and nobody reads gradients any more
-    if (!more)
+    if (!more())
       break;
   }
   if constexpr (kHasLeft<kWarps>)
     if (place.keys > L::kKeys)
-      store_left<T>(p, place, left_sums, shared, warp, place.keys - L::kKeys);
+      store_left<T>(p, place, left_sums, shared, place.keys - L::kKeys);
+  const int first = warp_row(), count = count_of_warp();
   if (count <= 0)
     return;
-  unsigned char* staging = shared + warp_row * kRowBytes;
-  store_rows(rows_of<T>(p.d_v, place.first_key + warp_row, place), p.d_v.row_stride, count,
-             r.d_values, 1.0f, staging);
-  store_rows(rows_of<T>(p.d_k, place.first_key + warp_row, place), p.d_k.row_stride, count,
-             r.d_keys, p.scale, staging);
+  unsigned char* staging = shared + first * kRowBytes;
+  store_rows(rows_of<T>(p.d_v, place.first_key + first, place), p.d_v.row_stride, count, r.d_values,
+             1.0f, staging);
+  store_rows(rows_of<T>(p.d_k, place.first_key + first, place), p.d_k.row_stride, count, r.d_keys,
+             p.scale, staging + L::kValues);
 }
 
 } // namespace
