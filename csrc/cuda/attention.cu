@@ -2,6 +2,7 @@
 #include "check.hpp"
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
+#include "cuda/attention_resident_backward.cuh"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/types.cuh"
@@ -87,8 +88,20 @@ cudaError_t launch_keys(const Params& p, const Run& run, cudaStream_t stream) {
       p, run, run.max_keys, keys_shared_bytes<kWarps>(run.max_queries <= kColumns), stream);
 }
 
+// One CTA for each sequence and head, if any has a row.
+template <typename T, int kWarps>
+cudaError_t launch_resident(const Params& p, const Run& run, int longest, cudaStream_t stream) {
+  return launch_blocks<attention_backward_resident_kernel<T, kWarps>, kWarps>(
+      p, run, std::min(longest, 1), Layout<kWarps>::kBytes, stream);
+}
+
 template <typename T>
 cudaError_t launch_backward(const Params& p, const Run& run, cudaStream_t stream) {
+  const int longest = std::max(run.max_queries, run.max_keys);
+  if (longest <= Layout<kShortWarps>::kRows)
+    return launch_resident<T, kShortWarps>(p, run, longest, stream);
+  if (longest <= Layout<kLeftWarps>::kRows)
+    return launch_resident<T, kLeftWarps>(p, run, longest, stream);
   const cudaError_t status = run.max_queries <= kShortWarps * kWarpRows
                                  ? launch_queries<T, kShortWarps>(p, run, stream)
                                  : launch_queries<T, kLongWarps>(p, run, stream);

@@ -137,13 +137,11 @@ constexpr int columns_bytes(bool one_tile) { return (one_tile ? 1 : 2) * 2 * kTi
 constexpr int kStepBytes = kStep * kRowBytes;
 constexpr int kMatrixBytes = 2 * kChunkBytes; // of 16 elements
 
-__device__ inline uint32_t across_offset() {
-  const int lane = threadIdx.x % kWarp;
+__device__ inline uint32_t across_offset(int lane = threadIdx.x % kWarp) {
   return chunk_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
-__device__ inline uint32_t along_offset() {
-  const int lane = threadIdx.x % kWarp;
+__device__ inline uint32_t along_offset(int lane = threadIdx.x % kWarp) {
   return chunk_offset(lane % 16, lane / 16);
 }
 

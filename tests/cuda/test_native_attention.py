@@ -28,6 +28,11 @@ CROPS: Case = ((257, 50), (257, 50), 1)  # a 224 px and a 98 px crop at patch 14
 EDGES: Case = ((1, 2, 63, 64, 0, 65, 17), (1, 2, 63, 64, 0, 65, 17), 1)  # a tile, one more, primes
 UNEQUAL: Case = ((3, 0, 70, 1, 5), (131, 7, 64, 0, 1), 2)  # no queries, no keys, fewer, more
 LONG: Case = ((1370,), (1370,), 1)  # 518 px
+SHORT: Case = ((1, 2, 50, 63, 0, 64), (1, 2, 50, 63, 0, 64), 1)  # one launch, a block each
+LEFT: Case = ((264, 65, 261), (264, 65, 261), 1)  # 256 keys and 8 more; a warp's, one more; primes
+LEFT_UNEQUAL: Case = ((264, 5, 0), (3, 264, 257), 2)  # the most of one, few or none of the other
+PATCHES: Case = ((256, 197), (256, 197), 1)  # whole tiles; 224 px at patch 16
+TWO_KERNELS: Case = ((3, 265), (265, 66), 1)  # one token too many for one kernel, on each side
 MANY: Case = ((9, 2, 33, 1, 7), (9, 2, 33, 1, 7), 1)  # more runs than launches
 
 
@@ -100,12 +105,20 @@ def equal(a: Outputs, b: Outputs) -> bool:
         pytest.param(EDGES, torch.float16, 80, id="edges"),
         pytest.param(UNEQUAL, torch.bfloat16, 80, id="unequal"),
         pytest.param(MANY, torch.bfloat16, 80, id="many"),
+        pytest.param(SHORT, torch.bfloat16, 80, id="short"),
+        pytest.param(TWO_KERNELS, torch.bfloat16, 80, id="two kernels"),
         *(
             pytest.param(case, dtype, arch, id=f"{name}-{arch}", marks=pytest.mark.slow)
             for name, case, dtype, arch in [
                 ("long", LONG, torch.bfloat16, 80),
                 ("long", LONG, torch.float16, 90),
                 ("crops", CROPS, torch.float16, 80),
+                ("short", SHORT, torch.float16, 90),
+                ("left", LEFT, torch.bfloat16, 80),
+                ("left unequal", LEFT_UNEQUAL, torch.float16, 80),
+                ("left unequal", LEFT_UNEQUAL, torch.bfloat16, 90),
+                ("patches", PATCHES, torch.bfloat16, 80),
+                ("two kernels", TWO_KERNELS, torch.float16, 90),
                 ("crops", CROPS, torch.bfloat16, 90),
                 ("edges", EDGES, torch.bfloat16, 80),
                 ("edges", EDGES, torch.bfloat16, 90),
@@ -167,15 +180,19 @@ def test_nothing_to_compute_is_no_launch():
     assert all(tensor.numel() == 0 for tensor in out.values())
 
 
-# The least in which every wait and barrier has something to wait for: two warps of rows, and three
-# tiles of columns, of which the third overwrites the first. Queries are rows of the first two
-# kernels and columns of the third. Two waits and two barriers of tiles each; the others are warps'.
+# The least in which every wait and barrier has something to wait for: two warps of rows, and tiles
+# of columns, of which the third overwrites the first. Queries are rows of the first two kernels and
+# columns of the third, which are those of more than 264 tokens. Two waits and two barriers of tiles
+# each; the others are warps'. The kernel of fewer tokens has a barrier more for dS, and one for
+# keys past its warps'; the least of it that needs all has three tiles of queries, or one.
 @pytest.mark.parametrize(
     ("case", "kernels", "number"),
     [
         pytest.param(((33,), (130,), 1), slice(0, 1), 4 + 1, id="forward"),
-        pytest.param(((33,), (130,), 1), slice(1, 2), 4 + 2, id="queries"),
-        pytest.param(((130,), (33,), 1), slice(2, 3), 4 + 3, id="keys"),
+        pytest.param(((33,), (265,), 1), slice(1, 2), 4 + 2, id="queries"),
+        pytest.param(((265,), (33,), 1), slice(2, 3), 4 + 3, id="keys"),
+        pytest.param(((130,), (257,), 1), slice(1, 2), 4 + 2 + 3, id="resident"),
+        pytest.param(((34,), (34,), 1), slice(1, 2), 4 + 3, id="short"),
     ],
 )
 def test_every_deleted_wait_and_barrier_is_reported(case: Case, kernels: slice, number: int):
@@ -189,7 +206,7 @@ def test_every_deleted_wait_and_barrier_is_reported(case: Case, kernels: slice, 
 
 
 def test_memory_is_touched_in_whole_sectors_and_without_conflicts():
-    length, blocks, warps = 256, 2, 4  # no padding; every block of 128 rows reads all columns
+    length, blocks, warps = 384, 3, 4  # no padding; every block of 128 rows reads all columns
     case: Case = ((length,), (length,), 1)
     _, results = execute(case, make_inputs(case, torch.bfloat16), profile=True)
     # Sectors of 32 bytes: of a head of a tensor, and of lse or delta.
@@ -214,13 +231,44 @@ def test_memory_is_touched_in_whole_sectors_and_without_conflicts():
 
 
 def test_products_are_those_of_the_padded_tiles():
-    length = 257
+    length = 289
     case: Case = ((length,), (length,), 1)
     _, results = execute(case, make_inputs(case, torch.bfloat16))
-    rows, columns = 288, 272  # whole warps of 32 rows, whole steps of 16 columns
+    rows, columns = 320, 304  # whole warps of 32 rows, whole steps of 16 columns
     for result, products in zip(results, (2, 3, 4), strict=True):
-        flops = sum(result.flops.get(inst.line, 0) * count for inst, count in result.instructions)
-        assert flops == products * 2 * rows * columns * HEAD_DIM
+        assert flops(result) == products * 2 * rows * columns * HEAD_DIM
+
+
+# Tokens; rows and columns of the padded tiles; products of the keys left, in the MMAs of a step of
+# queries: four of scores and dP for each 8 queries, dV and dK by eight warps, dQ in 8 blocks. Then
+# counts of all instructions, in PTX, which only a change of the kernel moves, or of nvcc.
+@pytest.mark.parametrize(
+    ("length", "rows", "columns", "left", "instructions"),
+    [(257, 256, 272, 2 * 8 + 8 + 8, 90_166), (256, 256, 256, 0, 74_828), (50, 64, 64, 0, 9_374)],
+)
+def test_one_kernel_of_short_sequences_does_no_more_than_it_must(
+    length: int, rows: int, columns: int, left: int, instructions: int
+):
+    case: Case = ((length,), (length,), 1)
+    _, results = execute(case, make_inputs(case, torch.bfloat16), profile=True)
+    _, backward = results
+    steps = columns // 16
+    assert flops(backward) == 5 * 2 * rows * columns * HEAD_DIM + left * steps * 4096
+    assert backward.num_warp_instructions <= 1.02 * instructions
+    c = backward.counters
+    # The gradients of keys left are stored by elements: 8 warps, 4 stores of 4 passes, not 1.
+    for kind, beside in (("load", 0), ("copy", 0), ("store", 8 * 4 * 3 if left else 0)):
+        assert c[f"shared passes, {kind}"] == c[f"shared passes, {kind}, ideal"] + beside
+    # Five tensors read, three written, once each; lse, and the places of sequence and head.
+    assert c["touched bytes, store"] == 3 * length * HEAD_DIM * 2
+    inputs = 5 * length * HEAD_DIM * 2 + length * 4
+    assert inputs <= c["touched bytes, load"] <= inputs + 512
+    assert c["global sectors, store"] == 3 * length * HEAD_DIM * 2 // 32
+
+
+def flops(result: Any) -> int:
+    """Of matrix products, all warps."""
+    return sum(result.flops.get(inst.line, 0) * count for inst, count in result.instructions)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +282,7 @@ def test_products_are_those_of_the_padded_tiles():
         ({"num_heads": -1}, "num_heads must not be negative, got -1"),
         ({"launches": (0, 1, 2)}, "launches must be four numbers each, got 3"),
         ({"launches": (0, 1, 2, -1)}, r"launches must be counts below 2\^31, got -1"),
-        ({"launches": (0, 2**31 - 1, 129, 1)}, "blocks of a launch must be fewer than 2"),
+        ({"launches": (0, 2**31 - 1, 265, 1)}, "blocks of a launch must be fewer than 2"),
         ({"dtype": "float32"}, "expected float16 or bfloat16, got float32"),
     ],
 )
@@ -242,7 +290,7 @@ def test_the_extension_itself_says_what_came(changes: dict[str, Any], message: s
     good: dict[str, Any] = {"lse": 16, "delta": 16, "query_offsets": 16, "key_offsets": 16}
     for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"):
         good |= {name: 16, f"{name}_row_stride": 64, f"{name}_head_stride": 64}
-    good |= {"launches": (0, 1, 1, 1), "num_queries": 1, "num_heads": 1, "scale": 1.0}
+    good |= {"launches": (0, 1, 265, 1), "num_queries": 1, "num_heads": 1, "scale": 1.0}
     good |= {"dtype": "bfloat16", "device": 0, "stream": 0}
     module = native.module()
     module.record_launches_cuda(True)

@@ -1,0 +1,449 @@
+// The backward pass of short sequences in one kernel: a CTA holds all keys and values of a sequence
+// and head, 32 a warp, and queries pass by in tiles of 64. No atomics, no workspace; sums keep
+// their order, so every run gives the same bits.
+//
+// With S^T = K Q^T and dP^T = V dO^T a warp's weights and their gradients are left operands of dV
+// and dK as they come out of a product. Gradients of scores go through shared memory once, after
+// which dQ of the tile is complete: delta = rowsum(dO * O), dS = P * (dP - delta), dQ = dS K.
+//
+// 257 = 256 + 1: up to 8 keys past the warps' are "left". Their scores are products of 8 rows, each
+// warp's with 8 queries of a tile; their gradients, transposed, belong 16 channels to a warp, which
+// costs it 4 registers.
+// Source: Dao, "FlashAttention-2", 2023, section 3.1.2.
+#pragma once
+
+#include "cuda/attention_backward.cuh"
+
+namespace dinov2_fast {
+namespace {
+
+constexpr int kQueries = 64;  // of a tile
+constexpr int kLeftKeys = 8;  // at most: the n of a product
+constexpr int kLeftWarps = 8; // of a CTA that can have keys left; each has 8 queries of a tile
+constexpr int kQueryTile = kQueries * kRowBytes;
+constexpr int kBlockBytes = kWarpRows * kMatrixBytes; // 32 rows of 16 channels
+static_assert(kLeftWarps * 8 == kQueries && kTileColumns == kQueries, "tiles are square");
+
+template <int kWarps> constexpr bool kHasLeft = kWarps == kLeftWarps;
+
+// Where things lie in shared memory, in bytes. The gradients of scores are a tile whose rows are
+// keys and whose columns are queries.
+template <int kWarps> struct Layout {
+  static constexpr int kKeys = kWarps * kWarpRows;
+  static constexpr int kRows = kKeys + (kHasLeft<kWarps> ? kLeftKeys : 0);
+  static constexpr bool kOneTile = kRows <= kQueries; // of queries, of which there are no more
+  static constexpr int kValues = kRows * kRowBytes;
+  static constexpr int kTiles = 2 * kValues;
+  static constexpr int kTilePlace = 3 * kQueryTile; // queries, d_out, out
+  // Nobody reads the output any more when the gradients come.
+  static constexpr int kScores = kTiles + (kOneTile ? 2 * kQueryTile : 2 * kTilePlace);
+  static constexpr int kLeftScores = kScores + kKeys * kRowBytes;
+  static constexpr int kLeftWeights = kLeftScores + kLeftKeys * kRowBytes;
+  static constexpr int kSums = kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftKeys * kRowBytes : 0);
+  static constexpr int kLse = kSums + 2 * kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kStaging = kLse + kQueries * static_cast<int>(sizeof(float));
+  static constexpr int kPlace = kStaging + 2 * kTileColumns / kMmaRows * kBlockBytes;
+  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(Place));
+
+  static __device__ int tile(int number) {
+    return kTiles + (kOneTile ? 0 : number % 2 * kTilePlace);
+  }
+};
+
+// The number of this thread, hidden: what is computed from it in a loop stays there, and takes no
+// registers outside.
+__device__ inline int hidden_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// Queries of a tile, up to whole steps.
+__device__ inline int steps_of(const Place& place, int tile) {
+  return (min(kQueries, place.queries - tile * kQueries) + kStep - 1) / kStep;
+}
+
+// Copies a tile of queries. A thread copies a chunk of a row of each kind, and the thread of a
+// row's first chunk lse: what a thread copied it can read without a barrier.
+template <typename T, int kWarps>
+__device__ inline void copy_queries(const Params& p, const Place& place, int tile,
+                                    uint32_t shared) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
+  using L = Layout<kWarps>;
+  const int thread = hidden_thread();
+  const int chunk = thread % kRowChunks, element = chunk * (kHeadDim / kRowChunks);
+  const int end = steps_of(place, tile) * kStep;
+  for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
+    const int64_t query = place.first_query + tile * kQueries + row;
+    const bool exists = tile * kQueries + row < place.queries;
+    const uint32_t to = shared + L::tile(tile) + chunk_offset(row, chunk);
+    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, exists);
+    copy_chunk_async(to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
+    copy_chunk_async(to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
+    if (chunk == 0)
+      copy_float_async(shared + L::kLse + row * sizeof(float),
+                       p.lse + place.head * p.num_queries + query, exists);
+  }
+}
+
+// (lse in units of exp2, delta) of a tile's rows, from what this thread has copied. The weights of
+// a query that does not exist are exp2(-inf).
+template <typename T, int kWarps>
+__device__ inline void sum_queries(const Place& place, int tile, unsigned char* shared) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
+  using L = Layout<kWarps>;
+  const int thread = hidden_thread(), chunk = thread % kRowChunks;
+  const int end = steps_of(place, tile) * kStep;
+  for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
+    const uint32_t from =
+        shared_address(shared) + L::tile(tile) + kQueryTile + chunk_offset(row, chunk);
+    float delta = dot<T>(load_shared(from), load_shared(from + kQueryTile));
+#pragma unroll
+    for (int distance = 1; distance < kRowChunks; distance *= 2)
+      delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+    if (chunk == 0) {
+      const float lse = reinterpret_cast<const float*>(shared + L::kLse)[row];
+      auto* sums = reinterpret_cast<float*>(shared + L::kSums);
+      sums[row] = tile * kQueries + row < place.queries ? lse * kLog2E : INFINITY;
+      sums[kQueries + row] = delta;
+    }
+  }
+}
+
+// Copies all rows of a sequence; zeros fill the last warp's rows, or the rows left.
+template <typename T, int kWarps>
+__device__ inline void copy_sequence(uint32_t to, const T* from, int64_t row_stride, int count) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
+  const int chunk = threadIdx.x % kRowChunks;
+  const int whole = (count + kWarpRows - 1) / kWarpRows * kWarpRows;
+  const int end = min(whole, Layout<kWarps>::kRows);
+  from += chunk * (kHeadDim / kRowChunks);
+  for (int row = threadIdx.x / kRowChunks; row < end; row += kRowsAtOnce)
+    copy_chunk_async(to + chunk_offset(row, chunk), from + row * row_stride, row < count);
+}
+
+// Of a warp's 32 keys: left operands, and sums over queries.
+struct Owned {
+  Rows keys, values;
+  Sums d_keys, d_values;
+};
+
+// Products of 32 rows with 8 columns.
+template <typename T>
+__device__ inline void multiply_eight(float (&products)[2][4], const Rows& rows, uint32_t columns) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t b[4];
+    load_matrices(b, columns ^ (half * 4 * kChunkBytes));
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        multiply<T>(products[m], rows[m][2 * half + k], b[2 * k], b[2 * k + 1]);
+  }
+}
+
+// 16 queries of a tile: adds to dK and dV of 32 keys, and stores gradients of scores.
+template <typename T>
+__device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums, uint32_t scores,
+                                int step, int keys, float scale_log2) {
+  const int thread = hidden_thread(), lane = thread % kWarp;
+  const int warp_row = thread / kWarp * kWarpRows;
+  const uint32_t along = queries + along_offset(lane);
+  const uint32_t across = queries + chunk_offset(lane % 8, lane / 8);
+  Scores weights;
+  Weights rounded;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float scores[2][4] = {};
+    multiply_eight<T>(scores, r.keys, across + n * 8 * kRowBytes);
+    const float2 subtrahends = sums[n * 4 + lane % 4]; // of this lane's two columns
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        weights[m][n][i] = exp2_approximate(
+            fmaf(scores[m][i], scale_log2, -(i % 2 == 0 ? subtrahends.x : subtrahends.y)));
+  }
+  if (keys < warp_row + kWarpRows)
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (m * kMmaRows + i / 2 * 8 + lane / 4 >= keys - warp_row)
+            weights[m][n][i] = 0.0f;
+  round_weights<T>(rounded, weights);
+  multiply_along<T>(r.d_values, rounded, along + kQueryTile);
+  const uint32_t gradients_to = scores + warp_row * kRowBytes + chunk_offset(lane / 4, step * 2) +
+                                lane % 4 * sizeof(uint32_t);
+  // 8 queries at a time: registers are few here.
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float gradients[2][4] = {};
+    multiply_eight<T>(gradients, r.values, across + kQueryTile + n * 8 * kRowBytes);
+    const float2 subtrahends = sums[kQueries / 2 + n * 4 + lane % 4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* g = gradients[m] + 2 * half;
+        const float* w = weights[m][n] + 2 * half;
+        const uint32_t bits = pack<T>(w[0] * (g[0] - subtrahends.x), w[1] * (g[1] - subtrahends.y));
+        store_shared((gradients_to ^ (n * kChunkBytes)) + (m * kMmaRows + half * 8) * kRowBytes,
+                     bits);
+        rounded[m][2 * n + half] = bits;
+      }
+  }
+  multiply_along<T>(r.d_keys, rounded, along);
+}
+
+// Products of 8 rows with 8 rows, all 64 channels: a lane gets row lane / 4 and two columns.
+template <typename T> __device__ inline float2 multiply_eights(uint32_t rows, uint32_t columns) {
+  const int lane = hidden_thread() % kWarp;
+  const uint32_t offset = chunk_offset(lane % 8, lane / 8);
+  float sums[4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t a[4], b[4];
+    load_matrices(a, (rows + offset) ^ (half * 4 * kChunkBytes));
+    load_matrices(b, (columns + offset) ^ (half * 4 * kChunkBytes));
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t upper[4] = {a[2 * k], 0, a[2 * k + 1], 0};
+      multiply<T>(sums, upper, b[2 * k], b[2 * k + 1]);
+    }
+  }
+  return make_float2(sums[0], sums[1]);
+}
+
+// Weights of the keys left and 8 queries of a tile, and their gradients, to shared memory.
+template <typename T>
+__device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* sums, int left,
+                                  float scale_log2) {
+  using L = Layout<kLeftWarps>;
+  const int thread = hidden_thread(), lane = thread % kWarp, eight = thread / kWarp;
+  const uint32_t query_rows = tile + eight * 8 * kRowBytes, keys = shared + L::kKeys * kRowBytes;
+  const float2 lse2 = sums[eight * 4 + lane % 4];
+  const float2 delta = sums[kQueries / 2 + eight * 4 + lane % 4];
+  float2 weights = multiply_eights<T>(keys, query_rows);
+  weights.x = exp2_approximate(fmaf(weights.x, scale_log2, -lse2.x));
+  weights.y = exp2_approximate(fmaf(weights.y, scale_log2, -lse2.y));
+  if (lane / 4 >= left)
+    weights = make_float2(0.0f, 0.0f);
+  const float2 d = multiply_eights<T>(keys + L::kValues, query_rows + kQueryTile);
+  const uint32_t offset = chunk_offset(lane / 4, eight) + lane % 4 * sizeof(uint32_t);
+  store_shared(shared + L::kLeftWeights + offset, pack<T>(weights.x, weights.y));
+  store_shared(shared + L::kLeftScores + offset,
+               pack<T>(weights.x * (d.x - delta.x), weights.y * (d.y - delta.y)));
+}
+
+// dV^T of the keys left by four warps, dK^T by four, 16 channels each: += a tile of queries.
+template <typename T>
+__device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile, int steps) {
+  using L = Layout<kLeftWarps>;
+  const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
+  const bool of_values = warp < kLeftWarps / 2;
+  const uint32_t rows = tile + (of_values ? kQueryTile : 0) + across_offset(lane);
+  const uint32_t columns = shared + (of_values ? L::kLeftWeights : L::kLeftScores) +
+                           chunk_offset(lane % 8, lane / 8 % 2);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    uint32_t a[4], b[2];
+    load_matrices_transposed(a, (rows ^ (warp % 4 * kMatrixBytes)) + step * kStepBytes);
+    load_matrices(b, columns ^ (step * kMatrixBytes));
+    multiply<T>(sums, a, b[0], b[1]);
+  }
+}
+
+// Writes what add_left summed, by way of shared memory.
+template <typename T>
+__device__ inline void store_left(const Params& p, const Place& place, const float (&sums)[4],
+                                  unsigned char* shared, int left) {
+  using L = Layout<kLeftWarps>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const bool of_values = warp < kLeftWarps / 2;
+  T* staging = reinterpret_cast<T*>(shared + L::kTiles); // [2, 8, 64]
+  const float factor = of_values ? 1.0f : p.scale;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int key = lane % 4 * 2 + i % 2, channel = warp % 4 * kMmaRows + i / 2 * 8 + lane / 4;
+    from_float(staging[((of_values ? 0 : 1) * kLeftKeys + key) * kHeadDim + channel],
+               sums[i] * factor);
+  }
+  __syncthreads();
+  const int row = threadIdx.x / kRowChunks, key = row % kLeftKeys, chunk = lane % kRowChunks;
+  if (row >= 2 * kLeftKeys || key >= left)
+    return;
+  const Heads& to = row < kLeftKeys ? p.d_v : p.d_k;
+  T* rows = rows_of<T>(to, place.first_key + L::kKeys + key, place);
+  __stwb(reinterpret_cast<uint4*>(rows) + chunk,
+         reinterpret_cast<const uint4*>(staging)[row * kRowChunks + chunk]);
+}
+
+// Writes 32 rows of 16 channels times a factor by way of shared memory that no other warp uses, and
+// that no lane reads any more: rows of two 16-byte vectors. Vectors are exchanged every four rows,
+// so that neither side has bank conflicts.
+template <typename T>
+__device__ inline void store_block(T* to, int64_t row_stride, int count,
+                                   const float (&sums)[2][2][4], float factor,
+                                   unsigned char* staging) {
+  const int lane = hidden_thread() % kWarp;
+  const auto offset = [](int row, int chunk) {
+    return (row * 2 + (chunk ^ (row >> 2 & 1))) * kChunkBytes;
+  };
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * kMmaRows + half * 8 + lane / 4;
+        *reinterpret_cast<uint32_t*>(staging + offset(row, n) + lane % 4 * 4) =
+            pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
+      }
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int row = m * kMmaRows + lane / 2, chunk = lane % 2;
+    const uint4 bits = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
+    if (row < count)
+      __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
+  }
+}
+
+// dQ of 32 queries of a tile and some of the channels: all keys are in shared memory.
+template <typename T, int kWarps>
+__device__ inline void store_d_queries(const Params& p, const Place& place, int tile,
+                                       unsigned char* shared) {
+  using L = Layout<kWarps>;
+  constexpr int kParts = kWarps / 2;                    // of the channels, by a warp each
+  constexpr int kBlocks = kHeadDim / kParts / kMmaRows; // of 16 channels, of a warp
+  const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
+  const int half = warp % 2, count = place.queries - tile * kQueries - half * kWarpRows;
+  if (count <= 0)
+    return;
+  const uint32_t base = shared_address(shared);
+  const int steps = (min(place.keys, L::kKeys) + kStep - 1) / kStep;
+  const int chunk = half * 4 + lane / 8 % 2; // of the first 16 queries
+#pragma unroll 1
+  for (int block = warp / 2 * kBlocks; block < (warp / 2 + 1) * kBlocks; ++block) {
+    float sums[2][2][4] = {};
+    uint32_t a_address = base + L::kScores + chunk_offset(lane % 8 + lane / 16 * 8, chunk);
+    uint32_t b_address = (base + along_offset(lane)) ^ (block * kMatrixBytes);
+#pragma unroll 2
+    for (int step = 0; step < steps; ++step) {
+      uint32_t b[4];
+      load_matrices_transposed(b, b_address);
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        if (m * kMmaRows < count) {
+          uint32_t a[4];
+          load_matrices_transposed(a, a_address ^ (m * kMatrixBytes));
+          multiply<T>(sums[m][0], a, b[0], b[1]);
+          multiply<T>(sums[m][1], a, b[2], b[3]);
+        }
+      a_address += kStepBytes;
+      b_address += kStepBytes;
+    }
+    if constexpr (kHasLeft<kWarps>)
+      if (place.keys > L::kKeys) {
+        uint32_t b[2];
+        const int row = lane % 8, matrix = lane / 8 % 2;
+        load_matrices_transposed(b, base + chunk_offset(L::kKeys + row, block * 2 + matrix));
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+          if (m * kMmaRows < count) {
+            uint32_t a[2];
+            load_matrices_transposed(a, (base + L::kLeftScores + chunk_offset(row, chunk)) ^
+                                            (m * kMatrixBytes));
+            const uint32_t left_half[4] = {a[0], a[1], 0, 0};
+            multiply<T>(sums[m][0], left_half, b[0], 0);
+            multiply<T>(sums[m][1], left_half, b[1], 0);
+          }
+      }
+    T* to = rows_of<T>(p.d_q, place.first_query + tile * kQueries + half * kWarpRows, place);
+    store_block<T>(to + block * kMmaRows, p.d_q.row_stride, count, sums, p.scale,
+                   shared + L::kStaging + (warp * kBlocks + block % kBlocks) * kBlockBytes);
+  }
+}
+
+template <int kWarps>
+constexpr int kResidentCtas = kHasLeft<kWarps> ? 1 : 4; // of an SM, by their registers
+
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
+    attention_backward_resident_kernel(const Params p) {
+  using L = Layout<kWarps>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  // Kept in shared memory: sums need the registers.
+  Place& place = *reinterpret_cast<Place*>(shared + L::kPlace);
+  {
+    const Place here = place_of(p);
+    if (threadIdx.x == 0)
+      place = here;
+    copy_sequence<T, kWarps>(base, rows_of<T>(p.k, here.first_key, here), p.k.row_stride,
+                             here.keys);
+    copy_sequence<T, kWarps>(base + L::kValues, rows_of<T>(p.v, here.first_key, here),
+                             p.v.row_stride, here.keys);
+    copy_queries<T, kWarps>(p, here, 0, base);
+    wait_for_copies();
+    sum_queries<T, kWarps>(here, 0, shared);
+  }
+  __syncthreads();
+
+  const auto warp_row = [] { return hidden_thread() / kWarp * kWarpRows; };
+  const auto count_of_warp = [&] { return min(kWarpRows, place.keys - warp_row()); };
+  const auto* sums = reinterpret_cast<const float2*>(shared + L::kSums); // lse2, then delta
+  Owned r;
+  float left_sums[4] = {};
+  clear(r.d_keys);
+  clear(r.d_values);
+  if (count_of_warp() > 0 && place.queries > 0) {
+    load_rows(r.keys, base + warp_row() * kRowBytes, along_offset());
+    load_rows(r.values, base + L::kValues + warp_row() * kRowBytes, along_offset());
+  }
+#pragma unroll 1
+  for (int tile = 0; place.queries > 0; ++tile) {
+    const auto more = [&] { return !L::kOneTile && (tile + 1) * kQueries < place.queries; };
+    if (more())
+      copy_queries<T, kWarps>(p, place, tile + 1, base);
+    const uint32_t queries = base + L::tile(tile);
+    if (count_of_warp() > 0)
+#pragma unroll 1
+      for (int step = 0; step < steps_of(place, tile); ++step)
+        add_step<T>(r, queries + step * kStepBytes, sums + step * 8, base + L::kScores, step,
+                    place.keys, p.scale_log2);
+    if constexpr (kHasLeft<kWarps>)
+      if (place.keys > L::kKeys && hidden_thread() / kWarp < 2 * steps_of(place, tile))
+        score_left<T>(base, queries, sums, place.keys - L::kKeys, p.scale_log2);
+    __syncthreads(); // gradients of scores are here
+    if constexpr (kHasLeft<kWarps>)
+      if (place.keys > L::kKeys)
+        add_left<T>(left_sums, base, queries, steps_of(place, tile));
+    store_d_queries<T, kWarps>(p, place, tile, shared);
+    if (more()) {
+      wait_for_copies();
+      sum_queries<T, kWarps>(place, tile + 1, shared);
+    }
+    __syncthreads(); // the next tile is here, and nobody reads gradients any more
+    if (!more())
+      break;
+  }
+  if constexpr (kHasLeft<kWarps>)
+    if (place.keys > L::kKeys)
+      store_left<T>(p, place, left_sums, shared, place.keys - L::kKeys);
+  const int first = warp_row(), count = count_of_warp();
+  if (count <= 0)
+    return;
+  unsigned char* staging = shared + first * kRowBytes;
+  store_rows(rows_of<T>(p.d_v, place.first_key + first, place), p.d_v.row_stride, count, r.d_values,
+             1.0f, staging);
+  store_rows(rows_of<T>(p.d_k, place.first_key + first, place), p.d_k.row_stride, count, r.d_keys,
+             p.scale, staging + L::kValues);
+}
+
+} // namespace
+} // namespace dinov2_fast
