@@ -32,8 +32,8 @@ struct Backward {
 };
 
 struct Normal {
-  float cumulative; // Phi(x)
-  float density;    // of the normal distribution at x
+  float tail;    // 1 - Phi(|x|)
+  float density; // of the normal distribution at x
 };
 
 // Phi from its tail: erfc(z) = exp(-z^2) erfcx(z), z = |x| / sqrt(2), and erfcx(z) / t a polynomial
@@ -41,7 +41,7 @@ struct Normal {
 // error grows with z^2, whose rounding exp magnifies: 4e-7 at x = -1, 2e-6 at -5, 1.5e-5 at -13.
 [[gnu::always_inline]] inline Normal normal(float x) {
   constexpr float kInverseSqrt2 = 0.707106781f, kInverseSqrt2Pi = 0.398942280f;
-  const float z = (x < 0.0f ? -x : x) * kInverseSqrt2;
+  const float z = __builtin_fabsf(x) * kInverseSqrt2;
   const float t = 1.0f / (1.0f + 0.5f * z);
   float p = 0.0161131786f;
   p = p * t - 0.142658706f;
@@ -53,14 +53,17 @@ struct Normal {
   p = p * t + 0.237669411f;
   p = p * t + 0.282953265f;
   p = p * t + 0.282060562f;
-  const float e = exp_nonpositive(-z * z);
-  const float tail = 0.5f * (p * t) * e;
-  return {x < 0.0f ? tail : 1.0f - tail, kInverseSqrt2Pi * e};
+  const float e = exp_normal_or_zero(-z * z);
+  return {0.5f * (p * t) * e, kInverseSqrt2Pi * e};
 }
 
-// x * Phi(x); at minus infinity, where that is infinity times 0, the limit 0.
-[[gnu::always_inline]] inline float gelu(float x, float cumulative) {
-  return x < -20.0f ? 0.0f : x * cumulative;
+// Tail and density are 0 from here on, and infinity times 0 would not be.
+constexpr float kFar = 20.0f;
+
+// x * Phi(x) = max(x, 0) - |x| * tail.
+[[gnu::always_inline]] inline float gelu(float x, float tail) {
+  const float size = __builtin_fabsf(x);
+  return (x > 0.0f ? x : 0.0f) - (size < kFar ? size : kFar) * tail;
 }
 
 template <typename T> struct ForwardRows {
@@ -72,7 +75,7 @@ template <typename T> struct ForwardRows {
 #pragma omp simd
       for (int64_t i = 0; i < p.width; ++i) {
         const float value = load(x[i]);
-        store(a[i], gelu(value, normal(value).cumulative));
+        store(a[i], gelu(value, normal(value).tail));
       }
     }
   }
@@ -94,15 +97,15 @@ template <typename T, bool kKeepsActivation, bool kKeepsSums> struct BackwardRow
       for (int64_t i = 0; i < p.width; ++i) {
         const float value = load(x[i]), gradient = load(da[i]);
         const Normal at = normal(value);
-        const float slope = value * at.density;
-        // Far out the density is 0, and infinity times it would not be.
-        const float bounded = value < -20.0f || value > 20.0f ? 0.0f : slope;
-        const float result = gradient * (at.cumulative + bounded);
+        const float cumulative = value < 0.0f ? at.tail : 1.0f - at.tail;
+        const float least = value < kFar ? value : kFar; // NaN is in the tail already
+        const float bounded = least > -kFar ? least : -kFar;
+        const float result = gradient * (cumulative + bounded * at.density);
         if (kKeepsSums)
           sums[i] += result;
         store(dx[i], result);
         if (kKeepsActivation)
-          store(activation[i], gelu(value, at.cumulative));
+          store(activation[i], gelu(value, at.tail));
       }
     }
   }

@@ -97,6 +97,21 @@ def test_every_instruction_set_is_within_budget_on_every_tail(
         assert_raw_within_budget([x, residual, randn(channels)], kept, types[1], "native")
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [384, 389])  # 389: most rows begin at no vector; both: a tail
+def test_many_gathered_rows_come_out_as_few_do(
+    channels: int, out_dtype: torch.dtype, on_native: None
+):
+    x = randn(1501, channels)  # in bf16 more than the MiB from which rows are written past caches
+    row_scale = torch.linspace(0.5, 2, 1501)
+    many, _ = gather_scaled(x, None, row_scale, out_dtype=out_dtype)
+    few = [
+        gather_scaled(rows, None, scales, out_dtype=out_dtype)[0]
+        for rows, scales in zip(x.split(100), row_scale.split(100), strict=True)
+    ]
+    assert torch.equal(many, torch.cat(few))
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native: None):
     x, residual = randn(1031, 384), randn(1031, 384, seed=1)  # 12 threads' worth
