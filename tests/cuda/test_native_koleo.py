@@ -14,7 +14,6 @@ from tests.cuda import native_on_ptx
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
-from tools.simt.proofs.deletions import synchronises, without
 
 EPS = 1e-8
 # Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
@@ -158,11 +157,11 @@ def test_warps_touch_whole_sectors_and_no_banks_conflict():
 def test_every_deleted_barrier_and_wait_is_reported(shape: tuple[int, int]):
     x = randn(*shape)
     _, results = execute(x)
-    found = [inst for r in results for inst, n in r.instructions if n and synchronises(inst)]
-    assert len(found) >= 5  # two barriers, a commit and a wait of the search; of the gradient
-    for inst in found:
+    deletions = list(native_on_ptx.deletions(results))
+    assert len(deletions) >= 5  # two barriers, a commit and a wait of the search; of the gradient
+    for edit in deletions:
         with pytest.raises(Fault):
-            execute(x, edit=lambda ptx, inst=inst: without(ptx, inst))
+            execute(x, edit=edit)
 
 
 @pytest.mark.parametrize(

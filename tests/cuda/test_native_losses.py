@@ -5,9 +5,7 @@ Every claim is made of each op; `ops` has how an op's functions are called and w
 
 from __future__ import annotations
 
-import functools
 import itertools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +21,6 @@ from tests.cuda.test_native_rows import as_it_is, equal, in_poison
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
-from tools.simt.proofs.deletions import synchronises, without
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
 
@@ -323,20 +320,8 @@ def test_warps_move_whole_sectors_of_each_matrix_once(op: str):
 def test_every_deleted_barrier_is_reported(op: str):
     sizes = (33, 300)  # several warps a row; columns in two parts
     _, results = execute(op, sizes, TYPES[0])
-    executed = [inst for r in results for inst, count in r.instructions if count]
-    barriers = {inst.line: inst for inst in executed if synchronises(inst)}
-    assert barriers
-    kernels = {r.kernel.name for r in results}
-
-    def edit(ptx: str, barrier: Any) -> str:
-        # Most of the time would go into reading kernels that are not executed.
-        return re.sub(
-            r"\.entry (\w+)\(.*?\n}\n",
-            lambda entry: entry[0] if entry[1] in kernels else "",
-            without(ptx, barrier),
-            flags=re.DOTALL,
-        )
-
-    for barrier in barriers.values():
+    deletions = list(native_on_ptx.deletions(results))
+    assert deletions
+    for edit in deletions:
         with pytest.raises(Fault):
-            execute(op, sizes, TYPES[0], edit=functools.partial(edit, barrier=barrier))
+            execute(op, sizes, TYPES[0], edit=edit)

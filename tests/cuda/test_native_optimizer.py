@@ -16,7 +16,6 @@ from tests.cuda import native_on_ptx
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
-from tools.simt.proofs.deletions import synchronises, without
 
 # Empty ones first, last and in a row; a scalar, primes, and one past the edge of a chunk.
 SIZES = [0, 1, 61, 0, 0, _optimizer_cuda.CHUNK + 5, 384, 0]
@@ -247,11 +246,11 @@ def test_every_deleted_barrier_is_reported():
             gradient_norm(gradients, backend="native")
         return results
 
-    found = [inst for r in norm() for inst, n in r.instructions if n and synchronises(inst)]
-    assert len(found) == 2
-    for inst in found:
+    deletions = list(native_on_ptx.deletions(norm()))
+    assert len(deletions) == 2
+    for edit in deletions:
         with pytest.raises(Fault):
-            norm(edit=lambda ptx, inst=inst: without(ptx, inst))
+            norm(edit=edit)
 
 
 @pytest.mark.parametrize(

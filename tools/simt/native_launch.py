@@ -130,9 +130,12 @@ def deletions(results: Iterable[simt.Result]) -> Iterator[Callable[[str], str]]:
     def delete(ptx: str, name: str, inst: Inst) -> str:
         return without(ptx, inst) if f".entry {name}(" in ptx else ptx
 
+    seen = set()
     for result in results:
         for inst, count in result.instructions:
-            if count and synchronises(inst):
+            place = result.kernel.name, inst.line
+            if count and synchronises(inst) and place not in seen:
+                seen.add(place)
                 yield functools.partial(delete, name=result.kernel.name, inst=inst)
 
 
