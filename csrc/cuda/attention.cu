@@ -32,18 +32,26 @@ struct Run {
   int num_sequences;
   int max_queries; // of the longest
   int max_keys;
+  bool in_any_order; // whether dQ may be summed so, and its bits change from run to run
+
+  // Whether several CTAs add to the same sums of the backward at once.
+  bool adds_d_queries() const {
+    return in_any_order && std::max(max_queries, max_keys) > Layout<kLeftWarps>::kRows;
+  }
 };
 
 std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers, int num_heads) {
-  require(numbers.size() % 4 == 0, op,
-          "launches must be four numbers each, got " + std::to_string(numbers.size()));
+  constexpr size_t kNumbers = 5;
+  require(numbers.size() % kNumbers == 0, op,
+          "launches must be five numbers each, got " + std::to_string(numbers.size()));
   std::vector<Run> runs;
-  for (size_t i = 0; i < numbers.size(); i += 4) {
-    for (size_t j = i; j < i + 4; ++j)
+  for (size_t i = 0; i < numbers.size(); i += kNumbers) {
+    for (size_t j = i; j < i + kNumbers; ++j)
       require(numbers[j] >= 0 && numbers[j] <= kMaxInt, op,
               "launches must be counts below 2^31, got " + std::to_string(numbers[j]));
     const Run run{static_cast<int>(numbers[i]), static_cast<int>(numbers[i + 1]),
-                  static_cast<int>(numbers[i + 2]), static_cast<int>(numbers[i + 3])};
+                  static_cast<int>(numbers[i + 2]), static_cast<int>(numbers[i + 3]),
+                  numbers[i + 4] != 0};
     const int64_t blocks = std::max(run.max_queries, run.max_keys) / (kShortWarps * kWarpRows) + 1;
     require(num_heads == 0 || blocks * run.num_sequences <= kMaxInt / num_heads, op,
             "blocks of a launch must be fewer than 2^31");
@@ -76,23 +84,36 @@ cudaError_t launch_forward(const Params& p, const Run& run, cudaStream_t stream)
       p, run, run.max_queries, forward_shared_bytes<kLongWarps>(one_tile), stream);
 }
 
-template <typename T, int kWarps>
-cudaError_t launch_queries(const Params& p, const Run& run, cudaStream_t stream) {
-  return launch_blocks<attention_backward_queries_kernel<T, kWarps>, kWarps>(
-      p, run, run.max_queries, queries_shared_bytes<kWarps>(run.max_keys <= kColumns), stream);
-}
-
-template <typename T, int kWarps>
-cudaError_t launch_keys(const Params& p, const Run& run, cudaStream_t stream) {
-  return launch_blocks<attention_backward_keys_kernel<T, kWarps>, kWarps>(
-      p, run, run.max_keys, keys_shared_bytes<kWarps>(run.max_queries <= kColumns), stream);
+// One kernel for queries and one for keys: the same bits in every run.
+template <typename T>
+cudaError_t launch_both(const Params& p, const Run& run, cudaStream_t stream) {
+  const cudaError_t status =
+      launch_blocks<attention_backward_queries_kernel<T, kLongWarps>, kLongWarps>(
+          p, run, run.max_queries, queries_shared_bytes<kLongWarps>(run.max_keys <= kColumns),
+          stream);
+  if (status != cudaSuccess)
+    return status;
+  return launch_blocks<attention_backward_keys_kernel<T, kLongWarps>, kLongWarps>(
+      p, run, run.max_keys, keys_shared_bytes<kLongWarps>(run.max_queries <= kColumns), stream);
 }
 
 // One CTA for each sequence and head, if any has a row.
 template <typename T, int kWarps>
 cudaError_t launch_resident(const Params& p, const Run& run, int longest, cudaStream_t stream) {
-  return launch_blocks<attention_backward_resident_kernel<T, kWarps>, kWarps>(
+  return launch_blocks<attention_backward_resident_kernel<T, kWarps, false>, kWarps>(
       p, run, std::min(longest, 1), Layout<kWarps>::kBytes, stream);
+}
+
+// One CTA for each block of keys, and then dQ out of what they have added up.
+template <typename T>
+cudaError_t launch_parts(const Params& p, const Run& run, cudaStream_t stream) {
+  const cudaError_t status =
+      launch_blocks<attention_backward_resident_kernel<T, kLeftWarps, true>, kLeftWarps>(
+          p, run, run.max_keys, kPartBytes, stream);
+  if (status != cudaSuccess)
+    return status;
+  return launch_blocks<attention_backward_round_queries_kernel<T, kLongWarps>, kLongWarps>(
+      p, run, run.max_queries, 0, stream);
 }
 
 template <typename T>
@@ -102,13 +123,7 @@ cudaError_t launch_backward(const Params& p, const Run& run, cudaStream_t stream
     return launch_resident<T, kShortWarps>(p, run, longest, stream);
   if (longest <= Layout<kLeftWarps>::kRows)
     return launch_resident<T, kLeftWarps>(p, run, longest, stream);
-  const cudaError_t status = run.max_queries <= kShortWarps * kWarpRows
-                                 ? launch_queries<T, kShortWarps>(p, run, stream)
-                                 : launch_queries<T, kLongWarps>(p, run, stream);
-  if (status != cudaSuccess)
-    return status;
-  return run.max_keys <= kShortWarps * kWarpRows ? launch_keys<T, kShortWarps>(p, run, stream)
-                                                 : launch_keys<T, kLongWarps>(p, run, stream);
+  return run.adds_d_queries() ? launch_parts<T>(p, run, stream) : launch_both<T>(p, run, stream);
 }
 
 // What both directions take.
@@ -204,6 +219,10 @@ void attention_backward(const py::kwargs& a) {
   p.delta = pointer<float>(a, "delta");
   if (call.has_queries)
     require_pointer(op, "delta", p.delta);
+  p.d_q_sums = pointer<float>(a, "d_q_sums");
+  if (call.has_queries && std::any_of(call.runs.begin(), call.runs.end(),
+                                      [](const Run& run) { return run.adds_d_queries(); }))
+    require_pointer(op, "d_q_sums", p.d_q_sums);
   for_each_run(op, call, [&](auto type, const Run& run) {
     return launch_backward<typename decltype(type)::type>(p, run, call.stream);
   });
@@ -216,9 +235,12 @@ void bind_attention_cuda(py::module_& m) {
   using namespace dinov2_fast;
   m.def("attention_forward_cuda", &attention_forward,
         "q [Tq, H, 64], k and v [T, H, 64], offsets [S + 1] int32, launches of (first, sequences, "
-        "longest queries, longest keys) -> out [Tq, H, 64], lse [H, Tq] float32; pointers, sizes "
-        "and strides in elements, rows at multiples of 16 bytes.");
-  m.def("attention_backward_cuda", &attention_backward,
-        "d_out, out [Tq, H, 64], q, k, v, lse as of the forward -> d_q, d_k, d_v; delta [H, Tq] "
-        "float32 is scratch.");
+        "longest queries, longest keys, whether the backward may sum in any order) -> out "
+        "[Tq, H, 64], lse [H, Tq] float32; pointers, sizes and strides in elements, rows at "
+        "multiples of 16 bytes.");
+  m.def(
+      "attention_backward_cuda", &attention_backward,
+      "d_out, out [Tq, H, 64], q, k, v, lse as of the forward -> d_q, d_k, d_v; delta [H, Tq] "
+      "float32 is scratch, and so is d_q_sums [Tq, H, 64] float32, zeros, where sums of more than "
+      "264 keys or queries may be in any order.");
 }

@@ -136,6 +136,35 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_backward_queries_kern
                p.scale, shared + warp_row * kRowBytes);
 }
 
+// A row of dQ / scale in float32.
+__device__ inline float* d_q_sums_of(const Params& p, int64_t query, const Place& place) {
+  return p.d_q_sums + (query * p.num_heads + place.head) * kHeadDim;
+}
+
+// dQ out of its sums.
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    attention_backward_round_queries_kernel(const Params p) {
+  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks, kRows = kWarps * kWarpRows;
+  constexpr int kElements = kHeadDim / kRowChunks;
+  const Place place = place_of(p);
+  const int first = place.block * kRows, element = threadIdx.x % kRowChunks * kElements;
+  const int end = min(first + kRows, place.queries);
+  for (int row = first + threadIdx.x / kRowChunks; row < end; row += kRowsAtOnce) {
+    const int64_t query = place.first_query + row;
+    const float* sums = d_q_sums_of(p, query, place) + element;
+    Vector<T, kElements> rounded;
+#pragma unroll
+    for (int half = 0; half < kElements; half += 4) {
+      const auto four = load_vector<float, 4>(sums + half);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        from_float(rounded.at[half + i], four.at[i] * p.scale);
+    }
+    store_vector(rows_of<T>(p.d_q, query, place) + element, rounded);
+  }
+}
+
 // lse and delta of a tile of queries, beside the tile.
 constexpr int kSumsBytes = 2 * kColumns * static_cast<int>(sizeof(float));
 

@@ -313,8 +313,27 @@ __device__ inline void store_block(T* to, int64_t row_stride, int count,
   }
 }
 
-// dQ of 32 queries of a tile and some of the channels: all keys are in shared memory.
-template <typename T, int kWarps>
+// Adds 32 rows of 16 channels to sums in memory, to which other CTAs add as well: in any order.
+__device__ inline void add_block(float* to, int row_stride, int count,
+                                 const float (&sums)[2][2][4]) {
+  const int lane = hidden_thread() % kWarp;
+  to += lane / 4 * row_stride + lane % 4 * 2;
+#pragma unroll
+  for (int eight = 0; eight < kWarpRows / 8; ++eight) {
+    if (eight * 8 + lane / 4 < count)
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          atomicAdd(to + n * 8 + i, sums[eight / 2][n][eight % 2 * 2 + i]);
+    to += 8 * row_stride;
+    asm volatile("" : "+l"(to)); // one address at a time: registers are few
+  }
+}
+
+// dQ of 32 queries of a tile and some of the channels: all keys are in shared memory. Where they
+// are a part of the sequence's, dQ is added to.
+template <typename T, int kWarps, bool kPart>
 __device__ inline void store_d_queries(const Params& p, const Place& place, int tile,
                                        unsigned char* shared) {
   using L = Layout<kWarps>;
@@ -347,7 +366,7 @@ __device__ inline void store_d_queries(const Params& p, const Place& place, int 
       a_address += kStepBytes;
       b_address += kStepBytes;
     }
-    if constexpr (kHasLeft<kWarps>)
+    if constexpr (kHasLeft<kWarps> && !kPart)
       if (place.keys > L::kKeys) {
         uint32_t b[2];
         const int row = lane % 8, matrix = lane / 8 % 2;
@@ -363,25 +382,43 @@ __device__ inline void store_d_queries(const Params& p, const Place& place, int 
             multiply<T>(sums[m][1], left_half, b[1], 0);
           }
       }
-    T* to = rows_of<T>(p.d_q, place.first_query + tile * kQueries + half * kWarpRows, place);
-    store_block<T>(to + block * kMmaRows, p.d_q.row_stride, count, sums, p.scale,
-                   shared + L::kStaging + (warp * kBlocks + block % kBlocks) * kBlockBytes);
+    const int64_t query = place.first_query + tile * kQueries + half * kWarpRows;
+    if constexpr (kPart)
+      add_block(d_q_sums_of(p, query, place) + block * kMmaRows, p.num_heads * kHeadDim, count,
+                sums);
+    else
+      store_block<T>(rows_of<T>(p.d_q, query, place) + block * kMmaRows, p.d_q.row_stride, count,
+                     sums, p.scale,
+                     shared + L::kStaging + (warp * kBlocks + block % kBlocks) * kBlockBytes);
   }
 }
 
 template <int kWarps>
 constexpr int kResidentCtas = kHasLeft<kWarps> ? 1 : 4; // of an SM, by their registers
 
-template <typename T, int kWarps>
+// Of a CTA with kPart, whose threads note the number of their tile after everything else.
+constexpr int kPartBytes =
+    Layout<kLeftWarps>::kBytes + kLeftWarps * kWarp * static_cast<int>(sizeof(int));
+
+// With kPart a CTA holds its block of a longer sequence's keys.
+template <typename T, int kWarps, bool kPart>
 __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
     attention_backward_resident_kernel(const Params p) {
   using L = Layout<kWarps>;
+  constexpr bool kLeft = kHasLeft<kWarps> && !kPart;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   // Kept in shared memory: sums need the registers.
   Place& place = *reinterpret_cast<Place*>(shared + L::kPlace);
   {
-    const Place here = place_of(p);
+    Place here = place_of(p);
+    if constexpr (kPart) {
+      const int first = here.block * L::kKeys;
+      if (first >= here.keys)
+        return;
+      here.first_key += first;
+      here.keys = min(here.keys - first, L::kKeys);
+    }
     if (threadIdx.x == 0)
       place = here;
     copy_sequence<T, kWarps>(base, rows_of<T>(p.k, here.first_key, here), p.k.row_stride,
@@ -411,19 +448,27 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
     if (more())
       copy_queries<T, kWarps>(p, place, tile + 1, base);
     const uint32_t queries = base + L::tile(tile);
+    // The number of the tile waits in shared memory: with it the steps would spill on sm_90.
+    const auto number = [&]()->volatile int& {
+      return reinterpret_cast<volatile int*>(shared + L::kBytes)[hidden_thread()];
+    };
+    if constexpr (kPart)
+      number() = tile;
     if (count_of_warp() > 0)
 #pragma unroll 1
       for (int step = 0; step < steps_of(place, tile); ++step)
         add_step<T>(r, queries + step * kStepBytes, sums + step * 8, base + L::kScores, step,
                     place.keys, p.scale_log2);
-    if constexpr (kHasLeft<kWarps>)
+    if constexpr (kPart)
+      tile = number();
+    if constexpr (kLeft)
       if (place.keys > L::kKeys && hidden_thread() / kWarp < 2 * steps_of(place, tile))
         score_left<T>(base, queries, sums, place.keys - L::kKeys, p.scale_log2);
     __syncthreads(); // gradients of scores are here
-    if constexpr (kHasLeft<kWarps>)
+    if constexpr (kLeft)
       if (place.keys > L::kKeys)
         add_left<T>(left_sums, base, queries, steps_of(place, tile));
-    store_d_queries<T, kWarps>(p, place, tile, shared);
+    store_d_queries<T, kWarps, kPart>(p, place, tile, shared);
     if (more()) {
       wait_for_copies();
       sum_queries<T, kWarps>(place, tile + 1, shared);
@@ -432,7 +477,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
     if (!more())
       break;
   }
-  if constexpr (kHasLeft<kWarps>)
+  if constexpr (kLeft)
     if (place.keys > L::kKeys)
       store_left<T>(p, place, left_sums, shared, place.keys - L::kKeys);
   const int first = warp_row(), count = count_of_warp();

@@ -29,6 +29,7 @@ struct Params {
   Heads q, k, v, out, d_out, d_q, d_k, d_v; // gradients in the backward pass only
   float* lse;                               // [H, Tq]
   float* delta;                             // [H, Tq], backward: sums of d_out * out
+  float* d_q_sums;                          // [Tq, H, 64], where dQ is summed in any order
   const int* query_offsets;                 // [S + 1]
   const int* key_offsets;                   // [S + 1]
   int64_t num_queries;                      // Tq

@@ -45,8 +45,8 @@ def flash_attn_func(
         dropout_p: 0.
         softmax_scale: factor on the scores; None is D^-0.5.
         causal: False.
-        **options: flash-attn's others, at the values that ask for nothing; `deterministic` may be
-            anything, since the result always is.
+        **options: flash-attn's others, at the values that ask for nothing; `deterministic=True`
+            asks for gradients with the same bits in every run.
     Returns:
         [B, N, H, D].
     Raises:
@@ -62,7 +62,8 @@ def flash_attn_func(
         )
     pack = Pack.from_groups([(q.shape[0], q.shape[1])], q.device)
     tokens_q, tokens_k, tokens_v = (x.flatten(0, 1) for x in (q, k, v))  # [T, H, D]
-    return attention(tokens_q, tokens_k, tokens_v, pack, scale=softmax_scale).view(q.shape)
+    chosen = {"scale": softmax_scale, "deterministic": options.get("deterministic") or None}
+    return attention(tokens_q, tokens_k, tokens_v, pack, **chosen).view(q.shape)
 
 
 def flash_attn_qkvpacked_func(
@@ -132,7 +133,8 @@ def flash_attn_varlen_func(
             "use torch.nn.functional.scaled_dot_product_attention for cross-attention"
         )
     longest = max(max_seqlen_q, max_seqlen_k)
-    return attention_varlen(q, k, v, cu_seqlens_q, longest, scale=softmax_scale)
+    chosen = {"scale": softmax_scale, "deterministic": options.get("deterministic") or None}
+    return attention_varlen(q, k, v, cu_seqlens_q, longest, **chosen)
 
 
 def flash_attn_varlen_qkvpacked_func(

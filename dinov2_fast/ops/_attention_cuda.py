@@ -13,6 +13,7 @@ from dinov2_fast.ops._native_cuda import run_cuda
 
 HEAD_DIM = 64
 _VECTOR = 8  # elements of 16 bytes, in which every row is moved
+_ONE_KERNEL = 264  # queries and keys whose gradients one block makes alone
 
 
 def refusals(**tensors: Tensor) -> dict[str, str]:
@@ -72,7 +73,16 @@ def backward(
     tensors = {"q": q, "k": k, "v": v, "out": out}
     gradients = {"d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
     common = _arguments(q_offsets, k_offsets, launches, scale, **tensors, **gradients)
-    run_cuda("attention_backward_cuda", **common, lse=lse, delta=torch.empty_like(lse))
+    scratch = {"delta": torch.empty_like(lse), "d_q_sums": _sums(q, launches)}
+    run_cuda("attention_backward_cuda", **common, **scratch, lse=lse)
+
+
+def _sums(q: Tensor, launches: Sequence[int]) -> Tensor | None:
+    """Zeros [Tq, H, D] for launches that add up the gradients of queries in any order."""
+    runs = (launches[i : i + 5] for i in range(0, len(launches), 5))
+    if any(in_any_order and max(q_k) > _ONE_KERNEL for _, _, *q_k, in_any_order in runs):
+        return q.new_zeros(q.shape, dtype=torch.float32)
+    return None
 
 
 def _strides(tensor: Tensor) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dinov2_fast.ops import _attention_cuda as cuda_kernels
@@ -41,7 +42,9 @@ def are_of_a_gpu(q: Tensor, backend: str) -> bool:
     return backend == "triton" or on_cuda(q)
 
 
-def launches(q: Tensor, queries: Pack, keys: Pack, backend: str) -> list[int]:
+def launches(
+    q: Tensor, queries: Pack, keys: Pack, backend: str, deterministic: bool | None = None
+) -> list[int]:
     """What the kernels of a GPU are launched for, in numbers that a schema can hold.
 
     A few groups of equally long sequences take one launch each, without idle blocks; many take one
@@ -52,16 +55,24 @@ def launches(q: Tensor, queries: Pack, keys: Pack, backend: str) -> list[int]:
         queries: layout of the queries.
         keys: layout of the keys, with as many sequences.
         backend: the chosen one.
+        deterministic: whether the backward gives the same bits in every run; None asks
+            `torch.use_deterministic_algorithms`.
     Returns:
-        Four numbers a launch: its first sequence, how many there are, and the tokens of the longest
-        sequence of queries and of keys. Empty for kernels of the CPU.
+        Five numbers a launch: its first sequence, how many there are, the tokens of the longest
+        sequence of queries and of keys, and whether the backward may sum in any order. Empty for
+        kernels of the CPU.
     """
     if not are_of_a_gpu(q, backend):
         return []
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    in_any_order = int(not deterministic)
     counts = [count for count, _ in keys.groups]
     if counts != [count for count, _ in queries.groups] or len(counts) > MAX_LAUNCHES:
         groups = queries.groups, keys.groups
-        return [0, sum(counts), *(max((n for c, n in g if c), default=0) for g in groups)]
+        longest = (max((n for c, n in g if c), default=0) for g in groups)
+        return [0, sum(counts), *longest, in_any_order]
     firsts = itertools.accumulate(counts, initial=0)
     runs = zip(firsts, counts, queries.groups, keys.groups, strict=False)
-    return [number for first, count, q, k in runs for number in (first, count, q[1], k[1])]
+    numbers = ((first, count, q[1], k[1], in_any_order) for first, count, q, k in runs)
+    return list(itertools.chain.from_iterable(numbers))

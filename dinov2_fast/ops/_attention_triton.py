@@ -20,12 +20,14 @@ class Launch(NamedTuple):
         num_sequences: how many there are.
         max_queries: tokens of the longest sequence of queries.
         max_keys: tokens of the longest sequence of keys.
+        in_any_order: whether the backward may sum in any order; these kernels never do.
     """
 
     first: int
     num_sequences: int
     max_queries: int
     max_keys: int
+    in_any_order: int
 
 
 def refusals(**tensors: Tensor) -> dict[str, str]:
@@ -134,7 +136,7 @@ def _kernels() -> Any:
 
 def _runs(numbers: Sequence[int]) -> Iterator[Launch]:
     """The launches that `launches` described."""
-    yield from (Launch(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
+    yield from (Launch(*numbers[i : i + 5]) for i in range(0, len(numbers), 5))
 
 
 def _launch(

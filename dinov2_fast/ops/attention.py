@@ -54,6 +54,7 @@ def attention(
     pack: Pack,
     *,
     scale: float | None = None,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention inside each sequence of a pack.
@@ -64,6 +65,8 @@ def attention(
         v: [T, H, D] values.
         pack: layout of the T tokens; empty sequences and T = 0 are allowed.
         scale: factor on the scores; None is D^-0.5.
+        deterministic: whether the gradients have the same bits in every run. None asks
+            `torch.use_deterministic_algorithms`; only native kernels on CUDA know another way.
         backend: see `backends.choose_backend`.
     Returns:
         [T, H, D]; a sequence never sees another one, not even its NaN.
@@ -77,7 +80,8 @@ def attention(
     chosen = _choose(backend, q=q, k=k, v=v)
     if chosen == "reference":
         return attention_reference(q, k, v, pack, scale=scale)
-    return _forward(q, k, v, pack.offsets, launches(q, pack, pack, chosen), scale, chosen)[0]
+    runs = launches(q, pack, pack, chosen, deterministic)
+    return _forward(q, k, v, pack.offsets, runs, scale, chosen)[0]
 
 
 def attention_with_lse(
@@ -166,6 +170,7 @@ def attention_backward(
     d_v: Tensor,
     out: Tensor | None = None,
     q_pack: Pack | None = None,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> None:
     """Write the gradients of `attention_forward`.
@@ -184,6 +189,7 @@ def attention_backward(
         out: [Tq, H, D] output of the forward pass, contiguous; None is computed again where a
             backend needs it.
         q_pack: layout of the queries; None is `pack`.
+        deterministic: see `attention`.
         backend: see `backends.choose_backend`.
     Raises:
         ValueError: see `attention_forward`.
@@ -194,7 +200,7 @@ def attention_backward(
     chosen = _choose(backend, d_out=d_out, q=q, k=k, v=v, **gradients)
     offsets = (queries.offsets, pack.offsets)
     if chosen != "reference":
-        runs = launches(q, queries, pack, chosen)
+        runs = launches(q, queries, pack, chosen, deterministic)
         arguments = (d_out, q, k, v, out, lse, *offsets, runs, scale)
         return kernels_of(q, chosen).backward(*arguments, **gradients)
     by_runs.backward(d_out, q, k, v, lse, queries, pack, scale, **gradients)
@@ -208,6 +214,7 @@ def attention_varlen(
     max_seqlen: int,
     *,
     scale: float | None = None,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over sequences given by their cumulative lengths, as flash-attention takes them.
@@ -222,6 +229,7 @@ def attention_varlen(
             sequence.
         max_seqlen: upper bound on the length of a sequence, in tokens.
         scale: factor on the scores; None is D^-0.5.
+        deterministic: see `attention`.
         backend: see `backends.choose_backend`.
     Returns:
         [T, H, D].
@@ -234,7 +242,8 @@ def attention_varlen(
     check_device("attention_varlen", q.device, cu_seqlens=cu_seqlens)
     check_cu_seqlens(cu_seqlens, max_seqlen, total=q.shape[0])
     pack = Pack.from_cu_seqlens(cu_seqlens, max_seqlen)
-    return attention(q, k, v, pack, scale=scale, backend=backend)
+    options = {"scale": scale, "deterministic": deterministic, "backend": backend}
+    return attention(q, k, v, pack, **options)
 
 
 def attention_weights(

@@ -32,6 +32,8 @@ SHORT: Case = ((1, 2, 50, 63, 0, 64), (1, 2, 50, 63, 0, 64), 1)  # one launch, a
 LEFT: Case = ((264, 65, 261), (264, 65, 261), 1)  # 256 keys and 8 more; a warp's, one more; primes
 LEFT_UNEQUAL: Case = ((264, 5, 0), (3, 264, 257), 2)  # the most of one, few or none of the other
 PATCHES: Case = ((256, 197), (256, 197), 1)  # whole tiles; 224 px at patch 16
+# One launch for all; blocks of 256 keys and 9, 2 or no more.
+PARTS: Case = ((66, 3, 0, 1, 2), (265, 258, 7, 1, 0), 1)
 TWO_KERNELS: Case = ((3, 265), (265, 66), 1)  # one token too many for one kernel, on each side
 MANY: Case = ((9, 2, 33, 1, 7), (9, 2, 33, 1, 7), 1)  # more runs than launches
 
@@ -53,7 +55,13 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Outputs:
     return {"q": qkv[0][:, 0], "k": qkv[1][:, 1], "v": qkv[1][:, 2], "d_out": d_out}
 
 
-def run(case: Case, inputs: Outputs, scale: float = SCALE, backend: str = "native") -> Outputs:
+def run(
+    case: Case,
+    inputs: Outputs,
+    scale: float = SCALE,
+    backend: str = "native",
+    deterministic: bool | None = True,
+) -> Outputs:
     """Forward and backward; all that is read or written lies between NaN, which stay."""
     queries, keys = (Pack.from_lengths(lengths) for lengths in case[:2])
     q, k, v, d_out = (inputs[name] for name in ("q", "k", "v", "d_out"))
@@ -69,6 +77,7 @@ def run(case: Case, inputs: Outputs, scale: float = SCALE, backend: str = "nativ
     d_q, storage = poisoned(torch.full_like(q, torch.nan).unsqueeze(1))
     d_kv, kv_storage = poisoned(torch.stack([nothing, nothing], 1))
     gradients = {"d_q": d_q[:, 0], "d_k": d_kv[:, 0], "d_v": d_kv[:, 1]}
+    options["deterministic"] = deterministic
     attention_backward(d_out, q, k, v, lse, keys, out=out, **gradients, **options)
     outputs = {name: tensor.clone() for name, tensor in gradients.items()}
     d_q.fill_(torch.nan)
@@ -79,11 +88,15 @@ def run(case: Case, inputs: Outputs, scale: float = SCALE, backend: str = "nativ
 
 
 def execute(
-    case: Case, inputs: Outputs, scale: float = SCALE, **options: Any
+    case: Case,
+    inputs: Outputs,
+    scale: float = SCALE,
+    deterministic: bool | None = True,
+    **options: Any,
 ) -> tuple[Outputs, list[Any]]:
     """What the CUDA kernels compute, and the results of their launches."""
     with native_on_ptx.native_on_ptx(**options) as results:
-        return run(case, inputs, scale), results
+        return run(case, inputs, scale, deterministic=deterministic), results
 
 
 def assert_matches_reference(case: Case, inputs: Outputs, out: Outputs, scale: float = SCALE):
@@ -136,6 +149,39 @@ def test_matches_the_reference_in_any_order(case: Case, dtype: torch.dtype, arch
         assert equal(out, shuffled)
 
 
+@pytest.mark.parametrize(
+    ("case", "arch", "schedule"),
+    [
+        pytest.param(PARTS, 80, 1, id="parts"),
+        pytest.param(PARTS, 90, "lockstep", id="parts-90", marks=pytest.mark.slow),
+        pytest.param(LONG, 80, "lockstep", id="long", marks=pytest.mark.slow),
+    ],
+)
+def test_sums_in_any_order_match_the_reference(case: Case, arch: int, schedule: str | int):
+    inputs = make_inputs(case, torch.bfloat16)
+    out, results = execute(case, inputs, deterministic=False, arch=arch, schedule=schedule)
+    assert [adds(result) for result in results] == [False, True, False]
+    assert_matches_reference(case, inputs, out)
+
+
+def test_deterministic_algorithms_are_asked_of_torch():
+    case: Case = ((1,), (265,), 1)
+    inputs = make_inputs(case, torch.bfloat16)
+    _, fast = execute(case, inputs, deterministic=None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, slow = execute(case, inputs, deterministic=None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert any(map(adds, fast))
+    assert not any(map(adds, slow))
+
+
+def adds(result: Any) -> bool:
+    """Whether a launch added to memory in any order."""
+    return any(count and inst.op in ("red", "atom") for inst, count in result.instructions)
+
+
 @pytest.mark.parametrize("scale", [-0.125, 0.0, 3.0])
 def test_scale_may_have_any_sign(scale: float):
     case = ((66,), (67,), 1)  # a mask in the last tile
@@ -159,14 +205,16 @@ def test_nan_in_one_sequence_leaves_the_others_bit_equal():
         assert torch.equal(rows[others], expected[others])
 
 
-def test_extreme_scores_meet_no_padding():
+@pytest.mark.parametrize("lengths", [(33,), (265,)], ids=["one kernel", "two kernels"])
+def test_extreme_scores_meet_no_padding(lengths: tuple[int, ...]):
     # lse far below 0, where exp2(0 - lse) of a column that is not there overflows; and an infinite
-    # key of weight 0, whose product with a query that is not there is NaN.
-    case = ((33,), (33,), 1)
+    # key of weight 0, whose product with a query that is not there is NaN: one kernel lets it pass.
+    case = (lengths, (33,), 1)
     inputs = make_inputs(case, torch.bfloat16)
     q, k = inputs["q"], inputs["k"]
     q[..., 0], k[..., 0] = 40, -40
-    q[..., 3], k[5, :, 3] = 1, -torch.inf
+    if lengths == (265,):
+        q[..., 3], k[5, :, 3] = 1, -torch.inf
     out, _ = execute(case, inputs)
     assert out["lse"].max() < -100
     assert out["d_v"].isfinite().all()
@@ -186,23 +234,27 @@ def test_nothing_to_compute_is_no_launch():
 # each; the others are warps'. The kernel of fewer tokens has a barrier more for dS, and one for
 # keys past its warps'; the least of it that needs all has three tiles of queries, or one.
 @pytest.mark.parametrize(
-    ("case", "kernels", "number"),
+    ("case", "kernels", "number", "deterministic"),
     [
-        pytest.param(((33,), (130,), 1), slice(0, 1), 4 + 1, id="forward"),
-        pytest.param(((33,), (265,), 1), slice(1, 2), 4 + 2, id="queries"),
-        pytest.param(((265,), (33,), 1), slice(2, 3), 4 + 3, id="keys"),
-        pytest.param(((130,), (257,), 1), slice(1, 2), 4 + 2 + 3, id="resident"),
-        pytest.param(((34,), (34,), 1), slice(1, 2), 4 + 3, id="short"),
+        pytest.param(((33,), (130,), 1), slice(0, 1), 4 + 1, True, id="forward"),
+        pytest.param(((33,), (265,), 1), slice(1, 2), 4 + 2, True, id="queries"),
+        pytest.param(((265,), (33,), 1), slice(2, 3), 4 + 3, True, id="keys"),
+        pytest.param(((130,), (257,), 1), slice(1, 2), 4 + 2 + 3, True, id="resident"),
+        pytest.param(((34,), (34,), 1), slice(1, 2), 4 + 3, True, id="short"),
+        pytest.param(((130,), (265,), 1), slice(1, 2), 4 + 3, False, id="parts"),
     ],
 )
-def test_every_deleted_wait_and_barrier_is_reported(case: Case, kernels: slice, number: int):
+def test_every_deleted_wait_and_barrier_is_reported(
+    case: Case, kernels: slice, number: int, deterministic: bool
+):
     inputs = make_inputs(case, torch.bfloat16)
-    _, results = execute(case, inputs)
+    options = {"deterministic": deterministic}
+    _, results = execute(case, inputs, **options)
     deletions = list(native_on_ptx.deletions(results[kernels]))
     assert len(deletions) == number
     for edit in deletions:
         with pytest.raises(Fault):
-            execute(case, inputs, edit=edit)
+            execute(case, inputs, edit=edit, **options)
 
 
 def test_memory_is_touched_in_whole_sectors_and_without_conflicts():
@@ -280,9 +332,10 @@ def flops(result: Any) -> int:
         ({"v": 0}, "v must not be a null pointer"),
         ({"lse": 0}, "lse must not be a null pointer"),
         ({"num_heads": -1}, "num_heads must not be negative, got -1"),
-        ({"launches": (0, 1, 2)}, "launches must be four numbers each, got 3"),
-        ({"launches": (0, 1, 2, -1)}, r"launches must be counts below 2\^31, got -1"),
-        ({"launches": (0, 2**31 - 1, 265, 1)}, "blocks of a launch must be fewer than 2"),
+        ({"launches": (0, 1, 2)}, "launches must be five numbers each, got 3"),
+        ({"launches": (0, 1, 2, -1, 0)}, r"launches must be counts below 2\^31, got -1"),
+        ({"launches": (0, 2**31 - 1, 265, 1, 0)}, "blocks of a launch must be fewer than 2"),
+        ({"launches": (0, 1, 1, 265, 1)}, "d_q_sums must not be a null pointer"),
         ({"dtype": "float32"}, "expected float16 or bfloat16, got float32"),
     ],
 )
@@ -290,8 +343,8 @@ def test_the_extension_itself_says_what_came(changes: dict[str, Any], message: s
     good: dict[str, Any] = {"lse": 16, "delta": 16, "query_offsets": 16, "key_offsets": 16}
     for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"):
         good |= {name: 16, f"{name}_row_stride": 64, f"{name}_head_stride": 64}
-    good |= {"launches": (0, 1, 265, 1), "num_queries": 1, "num_heads": 1, "scale": 1.0}
-    good |= {"dtype": "bfloat16", "device": 0, "stream": 0}
+    good |= {"launches": (0, 1, 265, 1, 0), "num_queries": 1, "num_heads": 1, "scale": 1.0}
+    good |= {"d_q_sums": 0, "dtype": "bfloat16", "device": 0, "stream": 0}
     module = native.module()
     module.record_launches_cuda(True)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from dinov2_fast.ops.attention import attention_backward, attention_forward
@@ -10,7 +12,14 @@ from tools.kernel_report import flash_attention
 from tools.kernel_report.cases import Calls, Case, Place, Types, normal
 
 
-def run_attention(sizes: tuple[int, ...], types: Types, place: Place, backend: str) -> Calls:
+def run_attention(
+    sizes: tuple[int, ...],
+    types: Types,
+    place: Place,
+    backend: str,
+    *,
+    deterministic: bool = False,
+) -> Calls:
     """Sequences of those lengths with one head: views of one qkv tensor, and of its gradient."""
     pack = Pack.from_lengths(sizes, torch.get_default_device())
     tokens, width = pack.num_tokens, flash_attention.HEAD_DIM
@@ -29,18 +38,25 @@ def run_attention(sizes: tuple[int, ...], types: Types, place: Place, backend: s
         d_k=d_k,
         d_v=d_v,
         out=out,
+        deterministic=deterministic,
         backend=backend,
     )
     yield "backward", {"d_q": d_q, "d_k": d_k, "d_v": d_v}
 
 
-# One head: the lengths that FlashAttention was counted at, one past a tile, two tiles.
-LENGTHS = [*flash_attention.CASES.values(), (65,), (128,)]
+# One head, the lengths that FlashAttention was counted at.
+LENGTHS = list(flash_attention.CASES.values())
+
+run_in_order = functools.partial(run_attention, deterministic=True)
 
 CASES = {
     "attention": [
         Case(run_attention, lengths, (dtype,))
         for dtype in (torch.bfloat16, torch.float16)
         for lengths in LENGTHS
+    ]
+    + [
+        Case(run_in_order, (265,), (dtype,))  # one token too many for one kernel
+        for dtype in (torch.bfloat16, torch.float16)
     ]
 }
