@@ -104,15 +104,16 @@ __device__ inline void attend_left(Running<kMmas>& r, const uint32_t (&queries)[
 
 // What a warp has of the queries left: 8 rows of 64 sums, in halves of each 8 channels, and so long
 // that neither side has bank conflicts; then the largest score and the sum of weights of each row.
+constexpr int kFloatBytes = static_cast<int>(sizeof(float));
 constexpr int kPartHalf = kHeadDim / 2 + 4, kPartRow = 2 * kPartHalf;
 constexpr int kPartSums = kLeftRows * kPartRow;
-constexpr int kPartStride = kWarpRows * kRowBytes / static_cast<int>(sizeof(float));
+constexpr int kPartStride = kWarpRows * kRowBytes / kFloatBytes;
 static_assert(kPartSums + 2 * kLeftRows <= kPartStride, "in the place of the warp's own queries");
 
 // The queries left and this warp's 32 keys; the first warp takes the keys left, too.
 template <typename T>
 __device__ inline void attend_left_queries(const Params& p, const Place& place, uint32_t queries,
-                                           float* part) {
+                                           uint32_t part) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t keys = queries + kSequenceBytes, values = keys + kSequenceBytes;
   RowsOf<1> rows;
@@ -141,13 +142,14 @@ __device__ inline void attend_left_queries(const Params& p, const Place& place, 
     attend<T, kWarpRows / kStep>(r, rows, keys + first * kRowBytes, values + first * kRowBytes,
                                  min(kWarpRows, place.keys - first), scale);
   const float total = over_row(r.total[0][0], [](float a, float b) { return a + b; });
-  float* channels = part + lane / 4 * kPartRow + (lane % 4 < 2 ? 0 : kPartHalf) + lane % 2 * 2;
+  const int channel = (lane % 4 < 2 ? 0 : kPartHalf) + lane % 2 * 2;
+  const uint32_t sums = part + (lane / 4 * kPartRow + channel) * kFloatBytes;
 #pragma unroll
   for (int n = 0; n < 8; ++n)
-    *reinterpret_cast<float2*>(channels + n * 4) =
-        make_float2(r.values[0][n][0], r.values[0][n][1]);
+    store_shared(sums + n * 4 * kFloatBytes, make_float2(r.values[0][n][0], r.values[0][n][1]));
   if (lane % 4 == 0)
-    reinterpret_cast<float2*>(part + kPartSums)[lane / 4] = make_float2(r.highest[0][0], total);
+    store_shared(part + (kPartSums + lane / 4 * 2) * kFloatBytes,
+                 make_float2(r.highest[0][0], total));
 }
 
 // Merges what the warps have of the queries left: a thread has 8 channels of a row.
@@ -227,13 +229,12 @@ __global__ void __launch_bounds__(kLeftWarps* kWarp, 1)
     wait_for_tile(tile);
     __syncthreads();
   }
-  unsigned char* own = shared + warp_row * kRowBytes;
   if (active)
-    finish<T>(p, place, warp_row, running, own);
+    finish<T>(p, place, warp_row, running, shared + warp_row * kRowBytes);
   if (place.queries <= kOwnedRows)
     return;
   __syncwarp(); // what was staged has been read
-  attend_left_queries<T>(p, place, query_rows, reinterpret_cast<float*>(own));
+  attend_left_queries<T>(p, place, query_rows, query_rows + warp_row * kRowBytes);
   __syncthreads();
   merge_left_queries<T>(p, place, reinterpret_cast<const float*>(shared));
 }

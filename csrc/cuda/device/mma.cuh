@@ -86,7 +86,12 @@ __device__ inline void store_shared(uint32_t address, uint32_t bits) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(bits) : "memory");
 }
 
-// Left to itself the compiler takes some loads of vectors apart into bytes.
+// Left to itself the compiler takes some vectors apart.
+__device__ inline void store_shared(uint32_t address, float2 two) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(two.x), "f"(two.y)
+               : "memory");
+}
+
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 bits;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
