@@ -54,7 +54,8 @@ __device__ inline int steps_of(const Place& place, int tile) {
 }
 
 // Copies a tile of queries. A thread copies a chunk of a row of each kind, and the thread of a
-// row's first chunk lse: what a thread copied it can read without a barrier.
+// row's first chunk lse: what a thread copied it can read without a barrier. A query that does not
+// exist is the last once more: its scores are numbers if those are, where 0 times a key may be NaN.
 template <typename T, int kWarps>
 __device__ inline void copy_queries(const Params& p, const Place& place, int tile,
                                     uint32_t shared) {
@@ -64,10 +65,11 @@ __device__ inline void copy_queries(const Params& p, const Place& place, int til
   const int chunk = thread % kRowChunks, element = chunk * (kHeadDim / kRowChunks);
   const int end = steps_of(place, tile) * kStep;
   for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
-    const int64_t query = place.first_query + tile * kQueries + row;
-    const bool exists = tile * kQueries + row < place.queries;
+    const int number = tile * kQueries + row;
+    const bool exists = number < place.queries;
+    const int64_t query = place.first_query + min(number, place.queries - 1);
     const uint32_t to = shared + L::tile(tile) + chunk_offset(row, chunk);
-    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, exists);
+    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, true);
     copy_chunk_async(to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
     copy_chunk_async(to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
     if (chunk == 0)
