@@ -3,6 +3,7 @@
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 #include "cuda/attention_resident_backward.cuh"
+#include "cuda/attention_resident_forward.cuh"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/types.cuh"
@@ -80,6 +81,11 @@ cudaError_t launch_forward(const Params& p, const Run& run, cudaStream_t stream)
   if (run.max_queries <= kShortWarps * kWarpRows)
     return launch_blocks<attention_forward_kernel<T, kShortWarps>, kShortWarps>(
         p, run, run.max_queries, forward_shared_bytes<kShortWarps>(one_tile), stream);
+  // Two CTAs would read all keys and values twice.
+  constexpr int kRows = kResidentRows<kLeftWarps>;
+  if (run.max_queries > kLongWarps * kWarpRows && run.max_queries <= kRows && run.max_keys <= kRows)
+    return launch_blocks<attention_forward_resident_kernel<T>, kLeftWarps>(
+        p, run, 1, kForwardResidentBytes, stream);
   return launch_blocks<attention_forward_kernel<T, kLongWarps>, kLongWarps>(
       p, run, run.max_queries, forward_shared_bytes<kLongWarps>(one_tile), stream);
 }
@@ -99,7 +105,8 @@ cudaError_t launch_both(const Params& p, const Run& run, cudaStream_t stream) {
 
 // One CTA for each sequence and head, if any has a row.
 template <typename T, int kWarps>
-cudaError_t launch_resident(const Params& p, const Run& run, int longest, cudaStream_t stream) {
+cudaError_t launch_backward_resident(const Params& p, const Run& run, int longest,
+                                     cudaStream_t stream) {
   return launch_blocks<attention_backward_resident_kernel<T, kWarps, false>, kWarps>(
       p, run, std::min(longest, 1), Layout<kWarps>::kBytes, stream);
 }
@@ -120,9 +127,9 @@ template <typename T>
 cudaError_t launch_backward(const Params& p, const Run& run, cudaStream_t stream) {
   const int longest = std::max(run.max_queries, run.max_keys);
   if (longest <= Layout<kShortWarps>::kRows)
-    return launch_resident<T, kShortWarps>(p, run, longest, stream);
+    return launch_backward_resident<T, kShortWarps>(p, run, longest, stream);
   if (longest <= Layout<kLeftWarps>::kRows)
-    return launch_resident<T, kLeftWarps>(p, run, longest, stream);
+    return launch_backward_resident<T, kLeftWarps>(p, run, longest, stream);
   return run.adds_d_queries() ? launch_parts<T>(p, run, stream) : launch_both<T>(p, run, stream);
 }
 

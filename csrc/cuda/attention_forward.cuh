@@ -8,17 +8,17 @@
 namespace dinov2_fast {
 namespace {
 
-// Of one warp: sums of weighted values, and per row the largest score and the sum of weights, which
-// each lane has of its own columns until the end. Scores count in units of scale_log2.
-struct Running {
-  Sums values;
-  float highest[2][2], total[2][2];
+// Of a warp's rows: sums of weighted values, and per row the largest score and the sum of weights,
+// which each lane has of its own columns until the end. Scores count in units of scale_log2.
+template <int kMmas> struct Running {
+  SumsOf<kMmas> values;
+  float highest[kMmas][2], total[kMmas][2];
 };
 
-__device__ inline void start(Running& r) {
+template <int kMmas> __device__ inline void start(Running<kMmas>& r) {
   clear(r.values);
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       r.highest[m][half] = -INFINITY;
@@ -32,57 +32,81 @@ template <typename Combine> __device__ inline float over_row(float x, const Comb
   return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Raises the maximum to that of a tile, and rescales what was summed under the old one.
-// What to subtract from the tile's scores is in `base`.
-__device__ inline void raise(Running& r, const Scores (&scores)[kSteps], int steps, float scale,
-                             float (&base)[2][2]) {
+// Raises the maxima to those of a tile, of which each lane has that of its columns, and rescales
+// what was summed under the old ones. Only a row that grows by more than kGrowth is raised: a
+// weight is 2^kGrowth at most then, and in most tiles no row of a warp is rescaled. What to
+// subtract from the tile's scores is in `base`.
+template <int kMmas>
+__device__ inline void raise(Running<kMmas>& r, const float (&largest)[kMmas][2], float scale,
+                             float (&base)[kMmas][2]) {
+  constexpr float kGrowth = 8.0f;
+  float rescale[kMmas][2];
+  bool any = false;
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float tile = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j)
-        if (j < steps)
-#pragma unroll
-          for (int n = 0; n < 2; ++n)
-            tile = fmaxf(tile, fmaxf(scores[j][m][n][2 * half], scores[j][m][n][2 * half + 1]));
-      tile = over_row(tile, [](float a, float b) { return fmaxf(a, b); });
-      const float highest = fmaxf(r.highest[m][half], tile * scale);
+      const float tile =
+          over_row(largest[m][half], [](float a, float b) { return fmaxf(a, b); }) * scale;
+      const float before = r.highest[m][half];
+      const float highest = tile > before + kGrowth ? tile : before;
       // Where every score is -inf so far, subtracting -inf would make NaN of weights that are 0.
       base[m][half] = highest == -INFINITY ? 0.0f : highest;
-      const float rescale = exp2_approximate(r.highest[m][half] - base[m][half]);
+      // And there is nothing to rescale.
+      rescale[m][half] = before == -INFINITY ? 1.0f : exp2_approximate(before - highest);
       r.highest[m][half] = highest;
-      r.total[m][half] *= rescale;
+      any |= highest > before && before != -INFINITY;
+    }
+  if (!__any_sync(0xffffffffu, any))
+    return;
+#pragma unroll
+  for (int m = 0; m < kMmas; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      r.total[m][half] *= rescale[m][half];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        r.values[m][n][2 * half] *= rescale;
-        r.values[m][n][2 * half + 1] *= rescale;
+        r.values[m][n][2 * half] *= rescale[m][half];
+        r.values[m][n][2 * half + 1] *= rescale[m][half];
       }
     }
 }
 
-// One tile of `keys` keys, at most 64: all their scores first, then their weights and values.
-template <typename T>
-__device__ inline void attend(Running& r, const Rows& queries, uint32_t tile, int keys,
-                              float scale) {
-  const int steps = (keys + kStep - 1) / kStep;
-  const uint32_t across = tile + across_offset(), along = tile + kTileBytes + along_offset();
-  Scores scores[kSteps];
+// A tile of `num_keys` keys, at most so many steps: all their scores first, then their weights and
+// values.
+template <typename T, int kMaxSteps, int kMmas>
+__device__ inline void attend(Running<kMmas>& r, const uint32_t (&queries)[kMmas][4][4],
+                              uint32_t keys, uint32_t values, int num_keys, float scale) {
+  const int steps = (num_keys + kStep - 1) / kStep;
+  const uint32_t across = keys + across_offset(), along = values + along_offset();
+  ScoresOf<kMmas> scores[kMaxSteps];
 #pragma unroll
-  for (int j = 0; j < kSteps; ++j)
+  for (int j = 0; j < kMaxSteps; ++j)
     if (j < steps) {
       multiply_across<T>(scores[j], queries, across + j * kStepBytes);
-      if (keys < (j + 1) * kStep)
-        mask(scores[j], keys - j * kStep, -INFINITY);
+      if (num_keys < (j + 1) * kStep)
+        mask(scores[j], num_keys - j * kStep, -INFINITY);
     }
-  float base[2][2];
-  raise(r, scores, steps, scale, base);
+  float base[kMmas][2], largest[kMmas][2];
 #pragma unroll
-  for (int j = 0; j < kSteps; ++j)
+  for (int m = 0; m < kMmas; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      largest[m][half] = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kMaxSteps; ++j)
+        if (j < steps)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+            largest[m][half] = fmaxf(
+                largest[m][half], fmaxf(scores[j][m][n][2 * half], scores[j][m][n][2 * half + 1]));
+    }
+  raise(r, largest, scale, base);
+#pragma unroll
+  for (int j = 0; j < kMaxSteps; ++j)
     if (j < steps) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+      for (int m = 0; m < kMmas; ++m)
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -91,7 +115,7 @@ __device__ inline void attend(Running& r, const Rows& queries, uint32_t tile, in
             r.total[m][i / 2] += weight;
             scores[j][m][n][i] = weight;
           }
-      Weights weights;
+      WeightsOf<kMmas> weights;
       round_weights<T>(weights, scores[j]);
       multiply_along<T>(r.values, weights, along + j * kStepBytes);
     }
@@ -99,7 +123,7 @@ __device__ inline void attend(Running& r, const Rows& queries, uint32_t tile, in
 
 // Normalises and writes a warp's rows; a query without keys has the output 0 and lse = -inf.
 template <typename T>
-__device__ inline void finish(const Params& p, const Place& place, int first, Running& r,
+__device__ inline void finish(const Params& p, const Place& place, int first, Running<2>& r,
                               unsigned char* staging) {
   const int lane = threadIdx.x % kWarp, count = place.queries - first;
   float* lse = p.lse + place.head * p.num_queries + place.first_query + first;
@@ -123,9 +147,9 @@ __device__ inline void finish(const Params& p, const Place& place, int first, Ru
 }
 
 // Softmax of negated scores runs on their maximum too: the sign of the scale moves to the queries.
-__device__ inline void negate(Rows& rows) {
+template <int kMmas> __device__ inline void negate(uint32_t (&rows)[kMmas][4][4]) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -157,7 +181,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_forward_kernel(const 
   const int warp_row = threadIdx.x / kWarp * kWarpRows;
   const bool active = first + warp_row < place.queries;
   Rows queries;
-  Running running;
+  Running<2> running;
   const auto prepare = [&] {
     if (!active)
       return;
@@ -167,8 +191,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_forward_kernel(const 
       negate(queries);
   };
   for_each_tile(columns.num_tiles(), copy, prepare, [&](int tile) {
+    const uint32_t keys = columns.place(tile);
     if (active)
-      attend<T>(running, queries, columns.place(tile), columns.count_of(tile), fabsf(p.scale_log2));
+      attend<T, kSteps>(running, queries, keys, keys + kTileBytes, columns.count_of(tile),
+                        fabsf(p.scale_log2));
   });
   if (active)
     finish<T>(p, place, first + warp_row, running, shared + warp_row * kRowBytes);

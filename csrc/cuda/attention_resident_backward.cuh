@@ -13,24 +13,22 @@
 #pragma once
 
 #include "cuda/attention_backward.cuh"
+#include "cuda/attention_resident.cuh"
 
 namespace dinov2_fast {
 namespace {
 
-constexpr int kQueries = 64;  // of a tile
-constexpr int kLeftKeys = 8;  // at most: the n of a product
-constexpr int kLeftWarps = 8; // of a CTA that can have keys left; each has 8 queries of a tile
+constexpr int kQueries = 64; // of a tile
 constexpr int kQueryTile = kQueries * kRowBytes;
 constexpr int kBlockBytes = kWarpRows * kMatrixBytes; // 32 rows of 16 channels
-static_assert(kLeftWarps * 8 == kQueries && kTileColumns == kQueries, "tiles are square");
-
-template <int kWarps> constexpr bool kHasLeft = kWarps == kLeftWarps;
+static_assert(kLeftWarps * 8 == kQueries, "a warp has the scores of keys left and 8 queries");
+static_assert(kTileColumns == kQueries, "tiles are square");
 
 // Where things lie in shared memory, in bytes. The gradients of scores are a tile whose rows are
 // keys and whose columns are queries.
 template <int kWarps> struct Layout {
   static constexpr int kKeys = kWarps * kWarpRows;
-  static constexpr int kRows = kKeys + (kHasLeft<kWarps> ? kLeftKeys : 0);
+  static constexpr int kRows = kResidentRows<kWarps>;
   static constexpr bool kOneTile = kRows <= kQueries; // of queries, of which there are no more
   static constexpr int kValues = kRows * kRowBytes;
   static constexpr int kTiles = 2 * kValues;
@@ -38,8 +36,8 @@ template <int kWarps> struct Layout {
   // Nobody reads the output any more when the gradients come.
   static constexpr int kScores = kTiles + (kOneTile ? 2 * kQueryTile : 2 * kTilePlace);
   static constexpr int kLeftScores = kScores + kKeys * kRowBytes;
-  static constexpr int kLeftWeights = kLeftScores + kLeftKeys * kRowBytes;
-  static constexpr int kSums = kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftKeys * kRowBytes : 0);
+  static constexpr int kLeftWeights = kLeftScores + kLeftRows * kRowBytes;
+  static constexpr int kSums = kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftRows * kRowBytes : 0);
   static constexpr int kLse = kSums + 2 * kQueries * static_cast<int>(sizeof(float));
   static constexpr int kStaging = kLse + kQueries * static_cast<int>(sizeof(float));
   static constexpr int kPlace = kStaging + 2 * kTileColumns / kMmaRows * kBlockBytes;
@@ -50,21 +48,14 @@ template <int kWarps> struct Layout {
   }
 };
 
-// The number of this thread, hidden: what is computed from it in a loop stays there, and takes no
-// registers outside.
-__device__ inline int hidden_thread() {
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
-}
-
 // Queries of a tile, up to whole steps.
 __device__ inline int steps_of(const Place& place, int tile) {
   return (min(kQueries, place.queries - tile * kQueries) + kStep - 1) / kStep;
 }
 
 // Copies a tile of queries. A thread copies a chunk of a row of each kind, and the thread of a
-// row's first chunk lse: what a thread copied it can read without a barrier.
+// row's first chunk lse: what a thread copied it can read without a barrier. A query that does not
+// exist is the last once more: its scores are numbers if those are, where 0 times a key may be NaN.
 template <typename T, int kWarps>
 __device__ inline void copy_queries(const Params& p, const Place& place, int tile,
                                     uint32_t shared) {
@@ -74,10 +65,11 @@ __device__ inline void copy_queries(const Params& p, const Place& place, int til
   const int chunk = thread % kRowChunks, element = chunk * (kHeadDim / kRowChunks);
   const int end = steps_of(place, tile) * kStep;
   for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
-    const int64_t query = place.first_query + tile * kQueries + row;
-    const bool exists = tile * kQueries + row < place.queries;
+    const int number = tile * kQueries + row;
+    const bool exists = number < place.queries;
+    const int64_t query = place.first_query + min(number, place.queries - 1);
     const uint32_t to = shared + L::tile(tile) + chunk_offset(row, chunk);
-    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, exists);
+    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, true);
     copy_chunk_async(to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
     copy_chunk_async(to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
     if (chunk == 0)
@@ -110,38 +102,11 @@ __device__ inline void sum_queries(const Place& place, int tile, unsigned char* 
   }
 }
 
-// Copies all rows of a sequence; zeros fill the last warp's rows, or the rows left.
-template <typename T, int kWarps>
-__device__ inline void copy_sequence(uint32_t to, const T* from, int64_t row_stride, int count) {
-  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
-  const int chunk = threadIdx.x % kRowChunks;
-  const int whole = (count + kWarpRows - 1) / kWarpRows * kWarpRows;
-  const int end = min(whole, Layout<kWarps>::kRows);
-  from += chunk * (kHeadDim / kRowChunks);
-  for (int row = threadIdx.x / kRowChunks; row < end; row += kRowsAtOnce)
-    copy_chunk_async(to + chunk_offset(row, chunk), from + row * row_stride, row < count);
-}
-
 // Of a warp's 32 keys: left operands, and sums over queries.
 struct Owned {
   Rows keys, values;
   Sums d_keys, d_values;
 };
-
-// Products of 32 rows with 8 columns.
-template <typename T>
-__device__ inline void multiply_eight(float (&products)[2][4], const Rows& rows, uint32_t columns) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t b[4];
-    load_matrices(b, columns ^ (half * 4 * kChunkBytes));
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-        multiply<T>(products[m], rows[m][2 * half + k], b[2 * k], b[2 * k + 1]);
-  }
-}
 
 // 16 queries of a tile: adds to dK and dV of 32 keys, and stores gradients of scores.
 template <typename T>
@@ -269,14 +234,14 @@ __device__ inline void store_left(const Params& p, const Place& place, const flo
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int key = lane % 4 * 2 + i % 2, channel = warp % 4 * kMmaRows + i / 2 * 8 + lane / 4;
-    from_float(staging[((of_values ? 0 : 1) * kLeftKeys + key) * kHeadDim + channel],
+    from_float(staging[((of_values ? 0 : 1) * kLeftRows + key) * kHeadDim + channel],
                sums[i] * factor);
   }
   __syncthreads();
-  const int row = threadIdx.x / kRowChunks, key = row % kLeftKeys, chunk = lane % kRowChunks;
-  if (row >= 2 * kLeftKeys || key >= left)
+  const int row = threadIdx.x / kRowChunks, key = row % kLeftRows, chunk = lane % kRowChunks;
+  if (row >= 2 * kLeftRows || key >= left)
     return;
-  const Heads& to = row < kLeftKeys ? p.d_v : p.d_k;
+  const Heads& to = row < kLeftRows ? p.d_v : p.d_k;
   T* rows = rows_of<T>(to, place.first_key + L::kKeys + key, place);
   __stwb(reinterpret_cast<uint4*>(rows) + chunk,
          reinterpret_cast<const uint4*>(staging)[row * kRowChunks + chunk]);
@@ -421,10 +386,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
     }
     if (threadIdx.x == 0)
       place = here;
-    copy_sequence<T, kWarps>(base, rows_of<T>(p.k, here.first_key, here), p.k.row_stride,
-                             here.keys);
-    copy_sequence<T, kWarps>(base + L::kValues, rows_of<T>(p.v, here.first_key, here),
-                             p.v.row_stride, here.keys);
+    // Zeros fill the last warp's rows, or the rows left.
+    const int end = min((here.keys + kWarpRows - 1) / kWarpRows * kWarpRows, L::kRows);
+    copy_span<T, kWarps>(base, rows_of<T>(p.k, here.first_key, here), p.k.row_stride, 0, end,
+                         here.keys);
+    copy_span<T, kWarps>(base + L::kValues, rows_of<T>(p.v, here.first_key, here), p.v.row_stride,
+                         0, end, here.keys);
     copy_queries<T, kWarps>(p, here, 0, base);
     wait_for_copies();
     sum_queries<T, kWarps>(here, 0, shared);

@@ -146,8 +146,9 @@ __device__ inline uint32_t along_offset(int lane = threadIdx.x % kWarp) {
   return chunk_offset(lane % 16, lane / 16);
 }
 
-// A warp's 32 rows as left operands, 16 elements of a row at a time.
-using Rows = uint32_t[2][4][4];
+// Left operands of kMmas products of 16 rows, 16 elements of a row at a time; 2 are a warp's rows.
+template <int kMmas> using RowsOf = uint32_t[kMmas][4][4];
+using Rows = RowsOf<2>;
 
 __device__ inline void load_rows(Rows& rows, uint32_t tile, uint32_t along) {
 #pragma unroll
@@ -157,14 +158,16 @@ __device__ inline void load_rows(Rows& rows, uint32_t tile, uint32_t along) {
       load_matrices(rows[m][k], ((tile + along) ^ (k * kMatrixBytes)) + m * kStepBytes);
 }
 
-// Scores of 32 rows with the 16 columns of a step. In [m][n]: elements 0, 1 are row lane / 4 of
+// Scores of rows with the 16 columns of a step. In [m][n]: elements 0, 1 are row lane / 4 of
 // 16 and columns 2 * (lane % 4) + {0, 1} of 8; elements 2, 3 are 8 rows below.
-using Scores = float[2][2][4];
+template <int kMmas> using ScoresOf = float[kMmas][2][4];
+using Scores = ScoresOf<2>;
 
-template <typename T>
-__device__ inline void multiply_across(Scores& scores, const Rows& rows, uint32_t step_address) {
+template <typename T, int kMmas>
+__device__ inline void multiply_across(float (&scores)[kMmas][2][4],
+                                       const uint32_t (&rows)[kMmas][4][4], uint32_t step_address) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -175,7 +178,7 @@ __device__ inline void multiply_across(Scores& scores, const Rows& rows, uint32_
     uint32_t columns[4];
     load_matrices(columns, step_address ^ (k * kMatrixBytes));
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kMmas; ++m) {
       multiply<T>(scores[m][0], rows[m][k], columns[0], columns[1]);
       multiply<T>(scores[m][1], rows[m][k], columns[2], columns[3]);
     }
@@ -183,7 +186,8 @@ __device__ inline void multiply_across(Scores& scores, const Rows& rows, uint32_
 }
 
 // Columns that do not exist count for nothing, whatever their products with zeros are.
-__device__ inline void mask(Scores& scores, int columns, float with) {
+template <int kMmas>
+__device__ inline void mask(float (&scores)[kMmas][2][4], int columns, float with) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int n = 0; n < 2; ++n)
@@ -191,39 +195,43 @@ __device__ inline void mask(Scores& scores, int columns, float with) {
     for (int i = 0; i < 2; ++i)
       if (n * 8 + column + i >= columns)
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < kMmas; ++m)
           scores[m][n][i] = scores[m][n][2 + i] = with;
 }
 
-// Sums [32 rows, 64]: += weights [32 rows, 16 columns] times the columns of a step.
-using Sums = float[2][8][4];
-using Weights = uint32_t[2][4];
+// Sums [rows, 64]: += weights [rows, 16 columns] times the columns of a step.
+template <int kMmas> using SumsOf = float[kMmas][8][4];
+template <int kMmas> using WeightsOf = uint32_t[kMmas][4];
+using Sums = SumsOf<2>;
+using Weights = WeightsOf<2>;
 
-template <typename T> __device__ inline void round_weights(Weights& to, const Scores& from) {
+template <typename T, int kMmas>
+__device__ inline void round_weights(uint32_t (&to)[kMmas][4], const float (&from)[kMmas][2][4]) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       to[m][i] = pack<T>(from[m][i / 2][i % 2 * 2], from[m][i / 2][i % 2 * 2 + 1]);
 }
 
-template <typename T>
-__device__ inline void multiply_along(Sums& sums, const Weights& weights, uint32_t step_address) {
+template <typename T, int kMmas>
+__device__ inline void multiply_along(float (&sums)[kMmas][8][4],
+                                      const uint32_t (&weights)[kMmas][4], uint32_t step_address) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     uint32_t columns[4];
     load_matrices_transposed(columns, step_address ^ (n * kMatrixBytes));
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kMmas; ++m) {
       multiply<T>(sums[m][2 * n], weights[m], columns[0], columns[1]);
       multiply<T>(sums[m][2 * n + 1], weights[m], columns[2], columns[3]);
     }
   }
 }
 
-__device__ inline void clear(Sums& sums) {
+template <int kMmas> __device__ inline void clear(float (&sums)[kMmas][8][4]) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll

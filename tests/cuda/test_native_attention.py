@@ -30,7 +30,15 @@ UNEQUAL: Case = ((3, 0, 70, 1, 5), (131, 7, 64, 0, 1), 2)  # no queries, no keys
 LONG: Case = ((1370,), (1370,), 1)  # 518 px
 SHORT: Case = ((1, 2, 50, 63, 0, 64), (1, 2, 50, 63, 0, 64), 1)  # one launch, a block each
 LEFT: Case = ((264, 65, 261), (264, 65, 261), 1)  # 256 keys and 8 more; a warp's, one more; primes
-LEFT_UNEQUAL: Case = ((264, 5, 0), (3, 264, 257), 2)  # the most of one, few or none of the other
+# The most of one, few or none of the other.
+LEFT_UNEQUAL: Case = ((264, 5, 0, 257), (3, 264, 257, 0), 2)
+BOTH_LEFT: Case = ((257,), (258,), 1)  # of queries and keys, and a key that does not exist
+BLOCKS: Case = ((128, 129, 65), (128, 129, 65), 1)  # the most of a block of queries, one more
+MIXED: Case = (
+    (129, 65, 0, 31, 264, 128),
+    (129, 65, 0, 31, 264, 128),
+    1,
+)  # one launch, of any length
 PATCHES: Case = ((256, 197), (256, 197), 1)  # whole tiles; 224 px at patch 16
 # One launch for all; blocks of 256 keys and 9, 2 or no more.
 PARTS: Case = ((66, 3, 0, 1, 2), (265, 258, 7, 1, 0), 1)
@@ -131,6 +139,10 @@ def equal(a: Outputs, b: Outputs) -> bool:
                 ("left unequal", LEFT_UNEQUAL, torch.float16, 80),
                 ("left unequal", LEFT_UNEQUAL, torch.bfloat16, 90),
                 ("patches", PATCHES, torch.bfloat16, 80),
+                ("patches", PATCHES, torch.float16, 90),
+                ("blocks", BLOCKS, torch.bfloat16, 80),
+                ("mixed", MIXED, torch.float16, 80),
+                ("mixed", MIXED, torch.bfloat16, 90),
                 ("two kernels", TWO_KERNELS, torch.float16, 90),
                 ("crops", CROPS, torch.bfloat16, 90),
                 ("edges", EDGES, torch.bfloat16, 80),
@@ -183,15 +195,16 @@ def adds(result: Any) -> bool:
 
 
 @pytest.mark.parametrize("scale", [-0.125, 0.0, 3.0])
-def test_scale_may_have_any_sign(scale: float):
-    case = ((66,), (67,), 1)  # a mask in the last tile
+@pytest.mark.parametrize("case", [((66,), (67,), 1), BOTH_LEFT], ids=str)  # masks in the last tile
+def test_scale_may_have_any_sign(case: Case, scale: float):
     inputs = make_inputs(case, torch.bfloat16)
     out, _ = execute(case, inputs, scale)
     assert_matches_reference(case, inputs, out, scale)
 
 
-def test_nan_in_one_sequence_leaves_the_others_bit_equal():
-    case, place = ((20, 33, 70), (20, 33, 70), 1), slice(20, 53)
+@pytest.mark.parametrize("lengths", [(20, 33, 70), (130, 257, 2)], ids=str)
+def test_nan_in_one_sequence_leaves_the_others_bit_equal(lengths: tuple[int, ...]):
+    case, place = (lengths, lengths, 1), slice(lengths[0], lengths[0] + lengths[1])
     inputs = make_inputs(case, torch.bfloat16)
     clean, _ = execute(case, inputs)
     for x in inputs.values():
@@ -208,16 +221,34 @@ def test_nan_in_one_sequence_leaves_the_others_bit_equal():
 @pytest.mark.parametrize("lengths", [(33,), (265,)], ids=["one kernel", "two kernels"])
 def test_extreme_scores_meet_no_padding(lengths: tuple[int, ...]):
     # lse far below 0, where exp2(0 - lse) of a column that is not there overflows; and an infinite
-    # key of weight 0, whose product with a query that is not there is NaN: one kernel lets it pass.
+    # key of weight 0, whose product with a query that is not there is NaN.
     case = (lengths, (33,), 1)
     inputs = make_inputs(case, torch.bfloat16)
     q, k = inputs["q"], inputs["k"]
     q[..., 0], k[..., 0] = 40, -40
-    if lengths == (265,):
-        q[..., 3], k[5, :, 3] = 1, -torch.inf
+    q[..., 3], k[5, :, 3] = 1, -torch.inf
     out, _ = execute(case, inputs)
     assert out["lse"].max() < -100
     assert out["d_v"].isfinite().all()
+    assert_matches_reference(case, inputs, out)
+
+
+# Scores of -inf at first: in the first tile of a sequence, in the keys that a kernel takes first,
+# and in all but a few.
+@pytest.mark.parametrize(
+    ("case", "masked"),
+    [
+        (((33,), (70,), 1), slice(0, 64)),
+        (BOTH_LEFT, slice(256, 258)),
+        (BOTH_LEFT, slice(0, 192)),
+        (BOTH_LEFT, slice(0, 253)),
+    ],
+)
+def test_keys_of_weight_zero_come_before_others(case: Case, masked: slice):
+    inputs = make_inputs(case, torch.bfloat16)
+    inputs["q"][..., 0], inputs["k"][masked, :, 0] = 1, -torch.inf
+    out, _ = execute(case, inputs)
+    assert out["out"].isfinite().all()
     assert_matches_reference(case, inputs, out)
 
 
@@ -232,14 +263,17 @@ def test_nothing_to_compute_is_no_launch():
 # of columns, of which the third overwrites the first. Queries are rows of the first two kernels and
 # columns of the third, which are those of more than 264 tokens. Two waits and two barriers of tiles
 # each; the others are warps'. The kernel of fewer tokens has a barrier more for dS, and one for
-# keys past its warps'; the least of it that needs all has three tiles of queries, or one.
+# keys past its warps'; the least of it that needs all has three tiles of queries, or one. Its
+# forward commits a group for a tile, and waits for each of four; queries past its warps' cost a
+# warp's and a CTA's barrier.
 @pytest.mark.parametrize(
     ("case", "kernels", "number", "deterministic"),
     [
         pytest.param(((33,), (130,), 1), slice(0, 1), 4 + 1, True, id="forward"),
+        pytest.param(((257,), (256,), 1), slice(0, 1), 5 + 3 + 2, True, id="resident forward"),
         pytest.param(((33,), (265,), 1), slice(1, 2), 4 + 2, True, id="queries"),
         pytest.param(((265,), (33,), 1), slice(2, 3), 4 + 3, True, id="keys"),
-        pytest.param(((130,), (257,), 1), slice(1, 2), 4 + 2 + 3, True, id="resident"),
+        pytest.param(((130,), (257,), 1), slice(1, 2), 4 + 2 + 3, True, id="resident backward"),
         pytest.param(((34,), (34,), 1), slice(1, 2), 4 + 3, True, id="short"),
         pytest.param(((130,), (265,), 1), slice(1, 2), 4 + 3, False, id="parts"),
     ],
@@ -316,6 +350,36 @@ def test_one_kernel_of_short_sequences_does_no_more_than_it_must(
     inputs = 5 * length * HEAD_DIM * 2 + length * 4
     assert inputs <= c["touched bytes, load"] <= inputs + 512
     assert c["global sectors, store"] == 3 * length * HEAD_DIM * 2 // 32
+
+
+# Tokens; MMAs of a step of keys and 16 rows: 16, of which a warp has 32, and all have the queries
+# left once; of keys left and 16 rows: 12. Then instructions, and passes of 128 bytes that store to
+# shared memory: the output, and a warp's sums of queries left, 8 rows of float32 and 2 for lse.
+@pytest.mark.parametrize(
+    ("length", "products", "instructions", "passes"),
+    [
+        (257, (2 * 8 + 1) * (16 * 16 + 12), 39_266, 8 * (32 + 16 + 2)),
+        (256, 2 * 8 * 16 * 16, 33_888, 8 * 32),
+        (197, 2 * 7 * 13 * 16, 26_941, 7 * 32),
+    ],
+)
+def test_the_forward_of_short_sequences_does_no_more_than_it_must(
+    length: int, products: int, instructions: int, passes: int
+):
+    case: Case = ((length,), (length,), 1)
+    _, results = execute(case, make_inputs(case, torch.bfloat16), profile=True)
+    forward, c = results[0], results[0].counters
+    assert flops(forward) == products * 4096
+    assert forward.num_warp_instructions <= 1.02 * instructions
+    for kind in ("load", "store", "copy"):
+        assert c[f"shared passes, {kind}"] == c[f"shared passes, {kind}, ideal"]
+    assert c["shared passes, store"] == passes
+    # Everything is read once and written once; a warp stores lse 8 rows at a time, a sector.
+    tensor = length * HEAD_DIM * 2
+    assert 3 * tensor <= c["touched bytes, load"] <= 3 * tensor + 512
+    stored = tensor // 32 + -(-length // 8)
+    assert c["global sectors, store"] == stored
+    assert c["touched bytes, store"] == 32 * stored
 
 
 def flops(result: Any) -> int:

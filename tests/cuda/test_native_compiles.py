@@ -14,11 +14,11 @@ from tools.simt.compile import extension_folders
 
 ROOT = Path(__file__).parents[2]
 # Kernels of a file. Types of one op: 3; of stream and branch: 7; each in vectors and in elements.
-# Attention: forward and short backward in 2 sizes; the long ones in two kernels, or in two others.
+# Attention: 3 forwards, 2 short backwards, and 2 kernels for each of two long ones.
 # Second passes, which put together what CTAs have summed, are of one type and one form.
 # KoLeo's search has two tiles; the optimizer's kernels choose a width for every tensor.
 KERNELS = {
-    "attention": 2 * (2 + 2 + 2 + 2),
+    "attention": 2 * (3 + 2 + 2 + 2),
     "cross_entropy": 2 * 3 * 2 + 1,
     "gelu": 2 * 3 * 2,
     "koleo": (3 + 2) * 2,
@@ -36,6 +36,8 @@ MAX_REGISTERS_OF = {"attention": 255, "koleo": 128}
 # HMMA of 4096 FLOPs that 32 rows take: with the 64 columns of a tile, or the 16 of a step.
 PRODUCTS = {
     "attention_forward_kernel": 2 * 32 * 64 * 64 * 2 // 4096,
+    # A tile; 8 keys left; 32 keys, and those left, of 16 rows: the queries left.
+    "attention_forward_resident_kernel": 128 + 24 + 32 + 12,
     "attention_backward_queries_kernel": 3 * 32 * 16 * 64 * 2 // 4096,
     "attention_backward_keys_kernel": 4 * 32 * 16 * 64 * 2 // 4096,
     # A step of the keys, and three of dQ: two in a row and one alone, 32 rows by 16 channels.

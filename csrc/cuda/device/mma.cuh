@@ -45,6 +45,14 @@ __device__ inline void copy_float_async(uint32_t to, const float* from, bool wan
 // All copies of the calling thread have arrived; others see them after a barrier.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
+// The copies since the last call become a group.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// All but the newest groups have arrived, as above.
+template <int kNewest> __device__ inline void wait_for_older_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kNewest) : "memory");
+}
+
 __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -78,7 +86,12 @@ __device__ inline void store_shared(uint32_t address, uint32_t bits) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(bits) : "memory");
 }
 
-// Left to itself the compiler takes some loads of vectors apart into bytes.
+// Left to itself the compiler takes some vectors apart.
+__device__ inline void store_shared(uint32_t address, float2 two) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(two.x), "f"(two.y)
+               : "memory");
+}
+
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 bits;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
