@@ -44,19 +44,20 @@ def run_attention(
     yield "backward", {"d_q": d_q, "d_k": d_k, "d_v": d_v}
 
 
-# One head, the lengths that FlashAttention was counted at.
-LENGTHS = list(flash_attention.CASES.values())
-
 run_in_order = functools.partial(run_attention, deterministic=True)
 
+# One token too many for one kernel.
+LONG = (265,)
+
+# One head. What FlashAttention was counted at in one type; the other type's instances at the least.
 CASES = {
     "attention": [
-        Case(run_attention, lengths, (dtype,))
-        for dtype in (torch.bfloat16, torch.float16)
-        for lengths in LENGTHS
-    ]
-    + [
-        Case(run_in_order, (265,), (dtype,))  # one token too many for one kernel
-        for dtype in (torch.bfloat16, torch.float16)
+        *(
+            Case(run_attention, sizes, (torch.bfloat16,))
+            for sizes in flash_attention.CASES.values()
+        ),
+        Case(run_in_order, LONG, (torch.bfloat16,)),
+        *(Case(run_attention, sizes, (torch.float16,)) for sizes in [(50,), (257,), LONG]),
+        Case(run_in_order, LONG, (torch.float16,)),
     ]
 }
