@@ -278,6 +278,12 @@ __device__ inline void store_block(T* to, int64_t row_stride, int count,
   }
 }
 
+// atomicAdd on an address of an unknown space returns the old value, which costs a register.
+__device__ inline void add_in_any_order(float* to, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)), "f"(x)
+               : "memory");
+}
+
 // Adds 32 rows of 16 channels to sums in memory, to which other CTAs add as well: in any order.
 __device__ inline void add_block(float* to, int row_stride, int count,
                                  const float (&sums)[2][2][4]) {
@@ -290,7 +296,7 @@ __device__ inline void add_block(float* to, int row_stride, int count,
       for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          atomicAdd(to + n * 8 + i, sums[eight / 2][n][eight % 2 * 2 + i]);
+          add_in_any_order(to + n * 8 + i, sums[eight / 2][n][eight % 2 * 2 + i]);
     to += 8 * row_stride;
     asm volatile("" : "+l"(to)); // one address at a time: registers are few
   }
