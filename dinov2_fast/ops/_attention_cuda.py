@@ -73,8 +73,8 @@ def backward(
     tensors = {"q": q, "k": k, "v": v, "out": out}
     gradients = {"d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
     common = _arguments(q_offsets, k_offsets, launches, scale, **tensors, **gradients)
-    scratch = {"delta": torch.empty_like(lse), "d_q_sums": _sums(q, launches)}
-    run_cuda("attention_backward_cuda", **common, **scratch, lse=lse)
+    delta, sums = torch.empty_like(lse), _sums(q, launches)
+    run_cuda("attention_backward_cuda", **common, lse=lse, delta=delta, d_q_sums=sums)
 
 
 def _sums(q: Tensor, launches: Sequence[int]) -> Tensor | None:

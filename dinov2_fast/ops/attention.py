@@ -242,8 +242,7 @@ def attention_varlen(
     check_device("attention_varlen", q.device, cu_seqlens=cu_seqlens)
     check_cu_seqlens(cu_seqlens, max_seqlen, total=q.shape[0])
     pack = Pack.from_cu_seqlens(cu_seqlens, max_seqlen)
-    options = {"scale": scale, "deterministic": deterministic, "backend": backend}
-    return attention(q, k, v, pack, **options)
+    return attention(q, k, v, pack, scale=scale, deterministic=deterministic, backend=backend)
 
 
 def attention_weights(
