@@ -11,8 +11,8 @@ from torch import Tensor
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
-from dinov2_fast.ops._native_cpu import refusals, run_cpu
-from dinov2_fast.ops._native_cuda import run_cuda
+from dinov2_fast.ops._native import run_native
+from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, Argument, on_cuda, refusals
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, for_triton
 
 # Parts of the keys that multiprocessors search side by side, and keys of a part at least. Both
@@ -83,12 +83,17 @@ def _refusals(x: Tensor) -> dict[str, str]:
     return refused
 
 
-def _forward_native_cpu(x: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Losses [B], and what the backward needs of the rows; native on the CPU."""
+def _forward_native(x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Losses [B], and what the backward needs of the rows; native."""
     outputs = _forward_fake(x, eps)
     losses, normalised, norms, nearest, pulls = outputs
-    run_cpu(
-        "koleo_forward_cpu",
+    own: dict[str, Argument] = {}
+    if on_cuda(x):
+        num_splits = min(-(-x.shape[0] // _SPLIT_KEYS), _MAX_SPLITS)
+        bests = x.new_empty((x.shape[0], num_splits), dtype=torch.int64)
+        own = {"bests": bests, "num_splits": num_splits}
+    run_native(
+        "koleo_forward",
         x=x,
         losses=losses,
         normalised=normalised,
@@ -99,11 +104,12 @@ def _forward_native_cpu(x: Tensor, eps: float) -> tuple[Tensor, ...]:
         channels=x.shape[1],
         x_row_stride=x.stride(0),
         eps=eps,
+        **own,
     )
     return outputs
 
 
-def _backward_native_cpu(
+def _backward_native(
     gradients: Tensor,
     normalised: Tensor,
     norms: Tensor,
@@ -111,58 +117,10 @@ def _backward_native_cpu(
     pulls: Tensor,
     eps: float,
 ) -> Tensor:
-    """Gradient of x; native on the CPU."""
+    """Gradient of x; native."""
     dx = torch.empty_like(normalised)
-    run_cpu(
-        "koleo_backward_cpu",
-        gradients=gradients.contiguous(),  # autograd expands that of a mean
-        normalised=normalised,
-        norms=norms,
-        nearest=nearest,
-        pulls=pulls,
-        dx=dx,
-        rows=dx.shape[0],
-        channels=dx.shape[1],
-        eps=eps,
-    )
-    return dx
-
-
-def _forward_native_cuda(x: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Losses [B], and what the backward needs of the rows; native on x's GPU."""
-    outputs = _forward_fake(x, eps)
-    losses, normalised, norms, nearest, pulls = outputs
-    num_splits = min(-(-x.shape[0] // _SPLIT_KEYS), _MAX_SPLITS)
-    run_cuda(
-        "koleo_forward_cuda",
-        x=x,
-        losses=losses,
-        normalised=normalised,
-        norms=norms,
-        nearest=nearest,
-        pulls=pulls,
-        bests=x.new_empty((x.shape[0], num_splits), dtype=torch.int64),
-        rows=x.shape[0],
-        channels=x.shape[1],
-        num_splits=num_splits,
-        x_row_stride=x.stride(0),
-        eps=eps,
-    )
-    return outputs
-
-
-def _backward_native_cuda(
-    gradients: Tensor,
-    normalised: Tensor,
-    norms: Tensor,
-    nearest: Tensor,
-    pulls: Tensor,
-    eps: float,
-) -> Tensor:
-    """Gradient of x; native on its GPU."""
-    dx = torch.empty_like(normalised)
-    run_cuda(
-        "koleo_backward_cuda",
+    run_native(
+        "koleo_backward",
         gradients=gradients.contiguous(),  # autograd expands that of a mean
         normalised=normalised,
         norms=norms,
@@ -239,8 +197,7 @@ _KEPT = "Tensor normalised, Tensor norms, Tensor nearest, Tensor pulls"
 _backward = declare(
     f"koleo_backward(Tensor gradients, {_KEPT}, float eps, str backend) -> Tensor",
     kernels={
-        ("native", "cpu"): _backward_native_cpu,
-        ("native", "cuda"): _backward_native_cuda,
+        **dict.fromkeys(NATIVE_DEVICES, _backward_native),
         **dict.fromkeys(TRITON_DEVICES, _backward_triton),
     },
     fake=_backward_fake,
@@ -248,8 +205,7 @@ _backward = declare(
 _forward = declare(
     "koleo(Tensor x, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels={
-        ("native", "cpu"): _forward_native_cpu,
-        ("native", "cuda"): _forward_native_cuda,
+        **dict.fromkeys(NATIVE_DEVICES, _forward_native),
         **dict.fromkeys(TRITON_DEVICES, _forward_triton),
     },
     fake=_forward_fake,
