@@ -2,7 +2,8 @@
 
 Their kernels for packed sequences, head width 64, bfloat16, not causal, in the instances that
 their own dispatch takes on A100 (FlashAttention-2) and H100, were compiled from their sources and
-executed by an interpreter of PTX; a row holds what one sequence and head gives to each pipe.
+executed by an interpreter of PTX; a row holds what one sequence and head gives to each pipe. The
+rows are carried over: no command here makes them again.
 Instructions are those of PTX times the share that is left in the machine code of the main loops.
 FlashAttention-3's forward has its tile of 192 x 192. The backward accumulates dQ in float32 by
 atomic additions, which count as a read and a write, between a kernel that clears and one that
