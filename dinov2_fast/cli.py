@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_fast.bench.command import add_bench
-from dinov2_fast.config import Config, load_config, nearest_name, preset_names, to_dict
-from dinov2_fast.errors import ConfigError, UserError
+from dinov2_fast.config import Config, load_config, preset_names, to_dict
+from dinov2_fast.errors import ConfigError, UserError, nearest_name
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, cast
 
 import yaml
 
-from dinov2_fast.errors import ConfigError
+from dinov2_fast.errors import ConfigError, nearest_name
 
 PRESET_FOLDER = Path(__file__).parent / "configs"
 
@@ -238,6 +237,8 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 runs backbone and heads under autocast; auto: bf16 where it is faster at the start."""
+    deterministic: bool = True
+    """The same bits in every run on a GPU too; sums in any order may be faster."""
     num_threads: CountOrZero = 0
     """CPU threads of the training process; 0 keeps torch's choice."""
     log_every_steps: Count = 10
@@ -392,9 +393,3 @@ def _converted(value: Any, kind: Any, key: str) -> Any:
     if kind is not float and isinstance(value, kind) and not is_switch:
         return value
     raise ConfigError(f"config: {key} must be {kind.__name__}, got {value!r}")
-
-
-def nearest_name(name: str, known: list[str]) -> str:
-    """` (did you mean NAME?)` with the known name closest to another, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 
 class UserError(Exception):
     """A message for the user, shown without a traceback; `exit_code` is that of the process."""
@@ -43,3 +45,9 @@ class BackendUnavailable(UserError):
     """An explicitly chosen backend cannot run this op here; the message says why and what can."""
 
     exit_code = 2
+
+
+def nearest_name(name: str, known: list[str]) -> str:
+    """` (did you mean NAME?)` with the known name closest to another, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RESIZE_MODES = ("official", "antialias")
+ResizeMode = Literal["official", "antialias"]
+RESIZE_MODES: tuple[ResizeMode, ...] = ("official", "antialias")
 
 # Published models without registers were trained with the factor (n + 0.1) / M instead of n / M.
 # It reaches the sampling grid, so it moves every value and not only the rounding of the size.
@@ -17,7 +18,7 @@ OFFICIAL_OFFSET = 0.1
 
 
 def resize_position_embedding(
-    pos_embed: Tensor, grid: tuple[int, int], *, mode: Literal["official", "antialias"]
+    pos_embed: Tensor, grid: tuple[int, int], *, mode: ResizeMode
 ) -> Tensor:
     """Position embeddings of a grid of patches; differentiable.
 
@@ -38,11 +39,29 @@ def resize_position_embedding(
     # channels-last: torch's antialiased CPU resize of contiguous maps to one column is wrong.
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)
     patches = pos_embed[:, 1:].to(dtype).unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if mode == "official":
-        factors = [(length + OFFICIAL_OFFSET) / side for length in grid]
-        resized = F.interpolate(patches, scale_factor=factors, mode="bicubic")
+    # Torch sums the gradient of a bicubic resize in any order on a GPU; products have one order.
+    if torch.are_deterministic_algorithms_enabled():
+        with torch.autocast(patches.device.type, enabled=False):
+            rows, columns = (_weights(patches, length, mode) for length in grid)
+            resized = rows @ patches @ columns.mT
     else:
-        resized = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
+        resized = _resized(patches, grid, mode)
     assert tuple(resized.shape[2:]) == grid, (tuple(resized.shape), grid)
     resized = resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # [1, rows * columns, C]
     return torch.cat([pos_embed[:, :1], resized], dim=1)
+
+
+def _resized(maps: Tensor, grid: tuple[int, int], mode: ResizeMode) -> Tensor:
+    """Maps [B, C, height, width] of another size, by torch."""
+    if mode != "official":
+        return F.interpolate(maps, size=grid, mode="bicubic", antialias=True)
+    factors = [(n + OFFICIAL_OFFSET) / side for n, side in zip(grid, maps.shape[2:], strict=True)]
+    return F.interpolate(maps, scale_factor=factors, mode="bicubic")
+
+
+def _weights(maps: Tensor, length: int, mode: ResizeMode) -> Tensor:
+    """What each of the new rows takes of the rows of square maps: [length, side]."""
+    side = maps.shape[2]
+    one_row_each = torch.eye(side, dtype=maps.dtype, device=maps.device)
+    constant = one_row_each.view(1, side, side, 1).expand(1, side, side, side)
+    return _resized(constant, (length, side), mode)[0, :, :, 0].T

@@ -21,6 +21,7 @@ from dinov2_fast.data.seeding import DROPPED_SAMPLES, derive_seed
 from dinov2_fast.distributed import all_reduce_mean
 from dinov2_fast.errors import ConfigError, UserError
 from dinov2_fast.train.describe import count_parameters, describe
+from dinov2_fast.train.determinism import deterministic_algorithms
 from dinov2_fast.train.interruption import STOP_ERRORS, Interruption
 from dinov2_fast.train.metrics import memory_mib, target_statistics, to_floats
 from dinov2_fast.train.parallel import Place, joined, peer_stopped
@@ -82,6 +83,7 @@ def train(
     """
     with (
         joined(config.run.device, num_threads=config.run.num_threads) as place,
+        deterministic_algorithms(place.device, enabled=config.run.deterministic),
         _owned(RunDirectory(out), place) as files,
         Interruption() as interruption,
     ):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dinov2_fast.models.position_embedding import resize_position_embedding
+from dinov2_fast.models.position_embedding import RESIZE_MODES, resize_position_embedding
 from tests.inputs import randn
 
-MODES = ["official", "antialias"]
+MODES = RESIZE_MODES
 
 
 def embedding(side: int = 4, channels: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -125,3 +127,32 @@ def test_gradients_flow_through_the_resize(mode):
         return resize_position_embedding(x, (5, 2), mode=mode)
 
     assert torch.autograd.gradcheck(resize, (pos_embed,))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("grid", [(7, 7), (16, 5), (53, 2)])
+def test_deterministic_algorithms_resize_by_products(monkeypatch, mode, grid):
+    # float64 is exact enough to tell another sample or weight from rounding.
+    pos_embed = embedding(side=37, dtype=torch.float64).requires_grad_()
+    expected = resize_position_embedding(pos_embed, grid, mode=mode)
+    upstream = randn(*expected.shape, dtype=torch.float64)
+    (expected_grad,) = torch.autograd.grad(expected, pos_embed, upstream)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(F, "interpolate", constants_only(F.interpolate))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        resized = resize_position_embedding(pos_embed, grid, mode=mode)
+
+    torch.testing.assert_close(resized, expected, rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad(resized, pos_embed, upstream)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def constants_only(interpolate: Any) -> Any:
+    """Torch's resize, which must see nothing that asks for a gradient."""
+
+    def resize(maps: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert not maps.requires_grad
+        return interpolate(maps, **options)
+
+    return resize
