@@ -35,10 +35,8 @@ struct Run {
   int max_keys;
   bool in_any_order; // whether dQ may be summed so, and its bits change from run to run
 
-  // Whether several CTAs add to the same sums of the backward at once.
-  bool adds_d_queries() const {
-    return in_any_order && std::max(max_queries, max_keys) > Layout<kLeftWarps>::kRows;
-  }
+  // Whether one CTA makes all gradients of a sequence and head.
+  bool one_cta() const { return std::max(max_queries, max_keys) <= Layout<kLeftWarps>::kRows; }
 };
 
 std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers, int num_heads) {
@@ -128,9 +126,9 @@ cudaError_t launch_backward(const Params& p, const Run& run, cudaStream_t stream
   const int longest = std::max(run.max_queries, run.max_keys);
   if (longest <= Layout<kShortWarps>::kRows)
     return launch_backward_resident<T, kShortWarps>(p, run, longest, stream);
-  if (longest <= Layout<kLeftWarps>::kRows)
+  if (run.one_cta())
     return launch_backward_resident<T, kLeftWarps>(p, run, longest, stream);
-  return run.adds_d_queries() ? launch_parts<T>(p, run, stream) : launch_both<T>(p, run, stream);
+  return run.in_any_order ? launch_parts<T>(p, run, stream) : launch_both<T>(p, run, stream);
 }
 
 // What both directions take.
@@ -224,12 +222,11 @@ void attention_backward(const py::kwargs& a) {
   p.d_k = heads_of(op, a, "d_k", call.has_keys);
   p.d_v = heads_of(op, a, "d_v", call.has_keys);
   p.delta = pointer<float>(a, "delta");
-  if (call.has_queries)
-    require_pointer(op, "delta", p.delta);
   p.d_q_sums = pointer<float>(a, "d_q_sums");
-  if (call.has_queries && std::any_of(call.runs.begin(), call.runs.end(),
-                                      [](const Run& run) { return run.adds_d_queries(); }))
-    require_pointer(op, "d_q_sums", p.d_q_sums);
+  for (const Run& run : call.runs)
+    if (call.has_queries && !run.one_cta())
+      require_pointer(op, run.in_any_order ? "d_q_sums" : "delta",
+                      run.in_any_order ? p.d_q_sums : p.delta);
   for_each_run(op, call, [&](auto type, const Run& run) {
     return launch_backward<typename decltype(type)::type>(p, run, call.stream);
   });
@@ -245,9 +242,8 @@ void bind_attention_cuda(py::module_& m) {
         "longest queries, longest keys, whether the backward may sum in any order) -> out "
         "[Tq, H, 64], lse [H, Tq] float32; pointers, sizes and strides in elements, rows at "
         "multiples of 16 bytes.");
-  m.def(
-      "attention_backward_cuda", &attention_backward,
-      "d_out, out [Tq, H, 64], q, k, v, lse as of the forward -> d_q, d_k, d_v; delta [H, Tq] "
-      "float32 is scratch, and so is d_q_sums [Tq, H, 64] float32, zeros, where sums of more than "
-      "264 keys or queries may be in any order.");
+  m.def("attention_backward_cuda", &attention_backward,
+        "d_out, out [Tq, H, 64], q, k, v, lse as of the forward -> d_q, d_k, d_v. Scratch, or null "
+        "where no launch has more than 264 queries or keys and needs it: d_q_sums [Tq, H, 64] "
+        "float32, zeros, for sums in any order; delta [H, Tq] float32 for those in one order.");
 }

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops._attention_layout import in_vectors, launches_of, strides, why_not_vectors
 from dinov2_fast.ops._native_cpu import dtype_name
 from dinov2_fast.ops._native_cuda import run_cuda
 
 HEAD_DIM = 64
-_VECTOR = 8  # elements of 16 bytes, in which every row is moved
 _ONE_KERNEL = 264  # queries and keys whose gradients one block makes alone
 
 
@@ -24,11 +24,8 @@ def refusals(**tensors: Tensor) -> dict[str, str]:
             return {"native": f"{name} must be {dtype} as the others, got {tensor.dtype}"}
         if tensor.shape[2] != HEAD_DIM:
             return {"native": f"head dimension must be {HEAD_DIM}, got {tensor.shape[2]}"}
-        # Tracing knows no offsets; the kernels' own check remains.
-        offset = 0 if torch.compiler.is_compiling() else tensor.storage_offset()
-        if any(place % _VECTOR for place in (offset, *_strides(tensor))):
-            why = f"{name} must have its heads at multiples of 16 bytes, got strides"
-            return {"native": f"{why} {tensor.stride()} from element {offset} on"}
+        if why := why_not_vectors(name, tensor):
+            return {"native": why}
     return {}
 
 
@@ -42,6 +39,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32."""
+    q, k, v = (in_vectors(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     common = _arguments(q_offsets, k_offsets, launches, scale, q=q, k=k, v=v, out=out)
@@ -68,39 +66,30 @@ def backward(
     """Write the gradients of queries, keys and values; without out, it is computed once more."""
     if out is None:
         out, _ = forward(q, k, v, q_offsets, k_offsets, launches, scale)
-    if refusals(d_out=d_out):
-        d_out = d_out.contiguous()  # autograd's layout; that of callers was checked
+    d_out, q, k, v = (in_vectors(x) for x in (d_out, q, k, v))
     tensors = {"q": q, "k": k, "v": v, "out": out}
     gradients = {"d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
     common = _arguments(q_offsets, k_offsets, launches, scale, **tensors, **gradients)
-    delta, sums = torch.empty_like(lse), _sums(q, launches)
+    orders = {
+        run.in_any_order
+        for run in launches_of(launches)
+        if max(run.max_queries, run.max_keys) > _ONE_KERNEL
+    }
+    delta = torch.empty_like(lse) if 0 in orders else None
+    sums = q.new_zeros(q.shape, dtype=torch.float32) if 1 in orders else None
     run_cuda("attention_backward_cuda", **common, lse=lse, delta=delta, d_q_sums=sums)
-
-
-def _sums(q: Tensor, launches: Sequence[int]) -> Tensor | None:
-    """Zeros [Tq, H, D] for launches that add up the gradients of queries in any order."""
-    runs = (launches[i : i + 5] for i in range(0, len(launches), 5))
-    if any(in_any_order and max(q_k) > _ONE_KERNEL for _, _, *q_k, in_any_order in runs):
-        return q.new_zeros(q.shape, dtype=torch.float32)
-    return None
-
-
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    """Row and head stride; 0 where there is one only, which may have any stride."""
-    rows, heads = (tensor.stride(i) if tensor.shape[i] > 1 else 0 for i in (0, 1))
-    return rows, heads
 
 
 def _arguments(
     q_offsets: Tensor, k_offsets: Tensor, launches: Sequence[int], scale: float, **tensors: Tensor
 ) -> dict[str, Any]:
     """What both directions take; tensors are [T, H, D]."""
-    strides: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for name, tensor in tensors.items():
-        strides[f"{name}_row_stride"], strides[f"{name}_head_stride"] = _strides(tensor)
+        numbers[f"{name}_row_stride"], numbers[f"{name}_head_stride"] = strides(tensor)
     return {
         **tensors,
-        **strides,
+        **numbers,
         "query_offsets": q_offsets,
         "key_offsets": k_offsets,
         "launches": tuple(launches),

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops._attention_layout import Launch, launches_of
+
 MAX_HEAD_DIM = 128
 _LOG2_E = 1.4426950408889634
-
-
-class Launch(NamedTuple):
-    """Neighbouring sequences that one launch computes; programs past a sequence's end do nothing.
-
-    Args:
-        first: number of the first sequence.
-        num_sequences: how many there are.
-        max_queries: tokens of the longest sequence of queries.
-        max_keys: tokens of the longest sequence of keys.
-        in_any_order: whether the backward may sum in any order; these kernels never do.
-    """
-
-    first: int
-    num_sequences: int
-    max_queries: int
-    max_keys: int
-    in_any_order: int
 
 
 def refusals(**tensors: Tensor) -> dict[str, str]:
@@ -56,7 +40,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(q):
-        for run in _runs(launches):
+        for run in launches_of(launches):
             tile = _tile(q, run.max_queries)
             num_blocks = -(-run.max_queries // tile["BLOCK_Q"])
             _launch(
@@ -94,7 +78,7 @@ def backward(
     delta = torch.empty_like(lse)
     sums = (lse.stride(0), delta.stride(0))
     with torch.cuda.device_of(q):
-        for run in _runs(launches):
+        for run in launches_of(launches):
             tile = _tile(q, run.max_queries, backward=True)
             if run.max_queries <= tile["BLOCK_Q"] and run.max_keys <= tile["BLOCK_K"]:
                 _launch(
@@ -132,11 +116,6 @@ def _kernels() -> Any:
     from dinov2_fast.kernels import attention
 
     return attention
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[Launch]:
-    """The launches that `launches` described."""
-    yield from (Launch(*numbers[i : i + 5]) for i in range(0, len(numbers), 5))
 
 
 def _launch(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from dinov2_fast import native
+from dinov2_fast.errors import BackendUnavailable
+from dinov2_fast.ops import _attention_cuda
+from dinov2_fast.ops.attention import attention
+from dinov2_fast.packing import Pack
 from tests.cuda import native_on_ptx
 from tests.cuda.attention_calls import (
     BLOCKS,
@@ -32,7 +38,10 @@ from tests.cuda.attention_calls import (
     execute,
     flops,
     make_inputs,
+    run,
 )
+from tests.inputs import randn
+from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
@@ -297,6 +306,51 @@ def test_the_forward_of_short_sequences_does_no_more_than_it_must(
 
 
 @pytest.mark.parametrize(
+    ("case", "deterministic", "delta", "sums"),
+    [
+        pytest.param(((264, 3), (264, 3), 1), True, False, False, id="one kernel"),
+        pytest.param(((264, 3), (264, 3), 1), False, False, False, id="one kernel, any order"),
+        pytest.param(TWO_KERNELS, True, True, False, id="two kernels"),
+        pytest.param(PARTS, False, False, True, id="parts"),
+    ],
+)
+def test_scratch_is_made_where_a_launch_needs_it(
+    case: Case, deterministic: bool, delta: bool, sums: bool
+):
+    inputs = make_inputs(case, torch.bfloat16)
+    with native_on_ptx.native_on_ptx(), mock.patch.object(_attention_cuda, "run_cuda") as call:
+        run(case, inputs, deterministic=deterministic)
+    _, backward = (each.kwargs for each in call.call_args_list)
+    assert (backward["delta"] is not None) == delta
+    assert (backward["d_q_sums"] is not None) == sums
+
+
+def test_traced_from_any_offset():
+    pack = Pack.from_groups([(2, 3)])
+    storage = randn(6 * 3 * HEAD_DIM + 1, dtype=torch.bfloat16)[1:]  # no multiple of 16 bytes
+    qkv = storage.view(6, 3, 1, HEAD_DIM)
+
+    def of_views(qkv: Tensor, backend: str) -> Tensor:
+        return attention(*qkv.unbind(1), pack, backend=backend)
+
+    def outputs(function: Any, qkv: Tensor, backend: str) -> list[Tensor]:
+        leaf = qkv.detach().requires_grad_()
+        out = function(leaf, backend)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaf)]
+
+    compiled = torch.compile(of_views, fullgraph=True, dynamic=False, backend="aot_eager")
+    with native_on_ptx.native_on_ptx() as results:
+        found = outputs(compiled, qkv, "native")
+        with pytest.raises(BackendUnavailable, match="q must have its heads at multiples of 16"):
+            outputs(of_views, qkv, "native")  # who is not traced is told
+    assert len(results) == 2
+    low, truth = (outputs(of_views, x, "reference") for x in (qkv, qkv.double()))
+    for name, *candidates in zip(("out", "dqkv"), found, low, truth, strict=True):
+        one, reference, exact = candidates
+        assert_within_error_budget(one, low_precision=reference, truth=exact, name=name)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"q": 8}, "q must have its heads at multiples of 16 bytes"),
@@ -309,6 +363,7 @@ def test_the_forward_of_short_sequences_does_no_more_than_it_must(
         ({"launches": (0, 1, 2, -1, 0)}, r"launches must be counts below 2\^31, got -1"),
         ({"launches": (0, 2**31 - 1, 265, 1, 0)}, "blocks of a launch must be fewer than 2"),
         ({"launches": (0, 1, 1, 265, 1)}, "d_q_sums must not be a null pointer"),
+        ({"delta": 0}, "delta must not be a null pointer"),
         ({"dtype": "float32"}, "expected float16 or bfloat16, got float32"),
     ],
 )
@@ -323,6 +378,8 @@ def test_the_extension_itself_says_what_came(changes: dict[str, Any], message: s
     try:
         module.attention_backward_cuda(**good)
         assert len(module.take_launches_cuda()) == 2
+        module.attention_backward_cuda(**(good | {"launches": (0, 1, 264, 1, 0), "delta": 0}))
+        assert len(module.take_launches_cuda()) == 1
         with pytest.raises(ValueError, match=f"attention_backward_cuda: {message}"):
             module.attention_backward_cuda(**(good | changes))
         assert not module.take_launches_cuda()
