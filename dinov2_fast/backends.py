@@ -16,16 +16,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dinov2_fast import environment, native
+from dinov2_fast import environment, flash_attention, native
 from dinov2_fast.errors import BackendUnavailable
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "flash_attn")
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 # Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
-# on a GPU yet: DINOV2_FAST_PREFER=native (or triton) or an explicit backend takes them.
+# on a GPU yet: DINOV2_FAST_PREFER=native (or triton) or an explicit backend takes them. Before all
+# of them comes what a call names `first` for its sizes: attention's does FlashAttention-3.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
+    "attention": {
+        "cpu": ("native", "reference"),
+        "cuda": ("reference", "native", "triton", "flash_attn"),
+    },
     "stochastic_depth": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "layer_norm": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
     "swiglu": {"cpu": ("native", "reference"), "cuda": ("reference", "native", "triton")},
@@ -47,6 +51,7 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("attention", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("attention", "native", "cuda"): (torch.float16, torch.bfloat16),
     ("attention", "triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("attention", "flash_attn", "cuda"): (torch.float16, torch.bfloat16),
     ("swiglu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cpu"): (torch.float32, torch.bfloat16),
     ("gelu", "native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
@@ -92,7 +97,12 @@ def use_backend(name: str | None) -> Generator[None, None, None]:
 
 
 def choose_backend(
-    op: str, tensor: Tensor, backend: str | None, *, refusals: Mapping[str, str] | None = None
+    op: str,
+    tensor: Tensor,
+    backend: str | None,
+    *,
+    refusals: Mapping[str, str] | None = None,
+    first: str | None = None,
 ) -> str:
     """The backend that computes an op on a tensor; torch.compile folds it into a constant.
 
@@ -101,6 +111,7 @@ def choose_backend(
         tensor: the op's main input; its device and dtype decide what is possible.
         backend: explicit choice, or None.
         refusals: backend -> why this call's other arguments rule it out (a stride, a head size).
+        first: backend that automatic choice tries before the others for this call's sizes.
     Returns:
         A name of `BACKENDS`.
     Raises:
@@ -109,7 +120,7 @@ def choose_backend(
     """
     reasons = () if refusals is None else tuple(refusals.items())
     requested = _forced if backend is None else backend
-    return _chosen(op, tensor.device.type, tensor.dtype, requested, reasons)
+    return _chosen(op, tensor.device.type, tensor.dtype, requested, reasons, first)
 
 
 def availability(op: str, device_type: str) -> dict[str, str]:
@@ -123,6 +134,7 @@ def _chosen(
     dtype: torch.dtype,
     requested: str | None,
     refusals: tuple[tuple[str, str], ...],
+    first: str | None,
 ) -> str:
     """`choose_backend` on plain values."""
     refused = dict(refusals)
@@ -145,7 +157,7 @@ def _chosen(
         return "reference"
     order = PREFERENCE[op].get(device_type, ("reference",))
     preferred = environment.preferred_backend()
-    for name in sorted(order, key=lambda name: name != preferred):
+    for name in sorted(order, key=lambda name: (name != preferred, name != first)):
         reason = _why_not_this_call(op, name, device_type, dtype, refused)
         if not reason:
             return name
@@ -166,7 +178,7 @@ def _why_not_this_call(
     reason = _why_not(op, name, device_type)
     if reason:
         return reason
-    place = "cuda" if name == "triton" else native.kernels_for(device_type)
+    place = "cuda" if name == "triton" else native.place_of(name, device_type)
     dtypes = DTYPES.get((op, name, place), ())
     if dtype not in dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -183,11 +195,13 @@ def _why_not(op: str, name: str, device_type: str) -> str:
         return ""
     # Triton's interpreter runs the kernels of the GPU on the CPU, for tests: only on request.
     interpreted = name == "triton" and device_type == "cpu" and environment.triton_interpreted()
-    place = native.kernels_for(device_type) if name == "native" else device_type
+    place = native.place_of(name, device_type)
     if name not in PREFERENCE[op].get("cuda" if interpreted else place, ()):
         return f"{op} has no {name} kernel for {device_type}"
     if name == "native":
         return native.why_not_for(op, place)
+    if name == "flash_attn":
+        return flash_attention.why_not()
     return _why_not_triton(op, interpreted)
 
 

@@ -24,6 +24,8 @@ _PACKAGES = (
     "safetensors",
     "torchvision",
     "triton",
+    "flash-attn",
+    "flash-attn-3",
     "timm",
     "transformers",
 )

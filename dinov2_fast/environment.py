@@ -23,14 +23,14 @@ class Variable:
 BACKEND = Variable(
     "DINOV2_FAST_BACKEND",
     "auto",
-    ("auto", "reference", "native", "triton"),
+    ("auto", "reference", "native", "triton", "flash_attn"),
     "backend of every op that is not given one; auto takes the preference table",
     "ops",
 )
 PREFER = Variable(
     "DINOV2_FAST_PREFER",
     "auto",
-    ("auto", "reference", "native", "triton"),
+    ("auto", "reference", "native", "triton", "flash_attn"),
     "backend that automatic choice tries first, for the ops that have it",
     "ops",
 )

@@ -88,6 +88,16 @@ def kernels_for(device_type: str) -> str:
     return "cuda" if cuda_on_cpu and device_type == "cpu" else device_type
 
 
+def place_of(backend: str, device_type: str) -> str:
+    """The device type whose kernels of a backend compute on tensors of a device type.
+
+    Args:
+        backend: one that has kernels.
+        device_type: of the tensors.
+    """
+    return device_type if backend == "triton" else kernels_for(device_type)
+
+
 def _why_not_cuda() -> str:
     """Empty when the extension's CUDA code runs on the current GPU, else why not."""
     archs = cuda_archs()

@@ -72,7 +72,7 @@ def make_qkv(
 
 def float_types(op: str, backend: str, device: str) -> tuple[torch.dtype, ...]:
     """Float types that a backend takes on a device, widest first; the reference's are `DTYPES`."""
-    place = "cuda" if backend == "triton" else native.kernels_for(device)
+    place = "cuda" if backend == "triton" else native.place_of(backend, device)
     taken = backends.DTYPES.get((op, backend, place), tuple(DTYPES))
     return tuple(sorted(taken, key=lambda dtype: -torch.finfo(dtype).bits))
 

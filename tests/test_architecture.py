@@ -39,6 +39,7 @@ LEAVES = {
     "distributed",
     "environment",
     "errors",
+    "flash_attention",
     "native",
     "packing",
 }

@@ -53,6 +53,11 @@ def test_the_table_names_only_backends_and_ops_that_state_their_types():
                 assert backends.DTYPES[op, name, device_type]
 
 
+def test_the_environment_takes_every_backend():
+    for variable in (environment.BACKEND, environment.PREFER):
+        assert variable.choices == ("auto", *backends.BACKENDS)
+
+
 def test_argument_beats_context_beats_environment_beats_table(
     with_extension: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -128,7 +133,9 @@ def test_a_preferred_backend_is_tried_first_where_an_op_has_it(
 
 
 def test_misspelt_names_are_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match="one of reference, native, triton or None, got 'nativ'"):
+    with pytest.raises(
+        ValueError, match="one of reference, native, triton, flash_attn or None, got 'nativ'"
+    ):
         choose_backend("swiglu", X, "nativ")
     with pytest.raises(ValueError, match="use_backend: backend must be"), use_backend("cuda"):
         pass

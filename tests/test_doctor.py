@@ -161,7 +161,11 @@ def test_a_missing_extension_is_a_hint_and_a_broken_one_a_problem(
     ("name", "text", "expected"),
     [
         ("DINOV2_FAST_BAKEND", "native", "nothing reads DINOV2_FAST_BAKEND"),
-        ("DINOV2_FAST_BACKEND", "fast", "expected one of auto, reference, native, triton"),
+        (
+            "DINOV2_FAST_BACKEND",
+            "fast",
+            "expected one of auto, reference, native, triton, flash_attn",
+        ),
         ("DINOV2_FAST_CPU_LEVEL", "sse9", "expected one of auto, baseline, avx2, avx512"),
     ],
 )

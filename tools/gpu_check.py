@@ -22,12 +22,16 @@ from typing import Any
 import torch
 
 from dinov2_fast import environment
-from dinov2_fast.backends import BACKENDS
+from dinov2_fast.backends import BACKENDS, PREFERENCE
 from dinov2_fast.errors import BackendUnavailable
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PARTS = ("tests", "ops", "steps")
+# Backends that a whole step can take: every op has them.
+STEP_BACKENDS = [
+    name for name in BACKENDS if all(name in order["cuda"] for order in PREFERENCE.values())
+]
 # Architecture -> images of a step, which fit the eager reference into 40 GB.
 STEPS = {"vits": 32, "vitl": 16}
 
@@ -65,7 +69,7 @@ def commands(rows: Path, parts: Sequence[str] = PARTS) -> list[Command]:
         words += ["--append", str(rows)]
         planned += [
             Command("steps", tuple(words), {environment.PREFER.name: backend})
-            for backend in BACKENDS
+            for backend in STEP_BACKENDS
         ]
     return [command for command in planned if command.part in parts]
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fast import flash_attention, native
+from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops import _attention_cuda as cuda_kernels
+from dinov2_fast.ops import _attention_flash_attn as flash_attn_kernels
 from dinov2_fast.ops import _attention_native as native_kernels
 from dinov2_fast.ops import _attention_triton as triton_kernels
 from dinov2_fast.ops._native_cpu import on_cuda
@@ -16,25 +19,58 @@ from dinov2_fast.ops._native_cpu import refusals as native_refusals
 from dinov2_fast.packing import Pack
 
 MAX_LAUNCHES = 4
+# Longest sequence up to which a kernel that has it whole is ahead of FlashAttention-3 (modelled:
+# docs/cuda-kernels.md).
+SHORT = 300
 # (backend, device type) -> forward and backward; interpreted, Triton's take tensors of the CPU.
 KERNELS: dict[tuple[str, str], Any] = {
     ("native", "cpu"): native_kernels,
     ("native", "cuda"): cuda_kernels,
     ("triton", "cpu"): triton_kernels,
     ("triton", "cuda"): triton_kernels,
+    ("flash_attn", "cuda"): flash_attn_kernels,
 }
 
 
-def refusals(**tensors: Tensor) -> dict[str, str]:
-    """Why the types, head dimension or layouts of [T, H, D] tensors rule out backends."""
-    q = next(iter(tensors.values()))
-    of_cuda = cuda_kernels.refusals(**tensors) if on_cuda(q) else {}
-    return triton_kernels.refusals(**tensors) | of_cuda | native_refusals(tensors, {})
+def choose(
+    backend: str | None, queries: Pack, keys: Pack, *, scale: float, **tensors: Tensor
+) -> str:
+    """The backend of a call.
+
+    Args:
+        backend: explicit choice, or None.
+        queries: layout of the queries.
+        keys: layout of the keys.
+        scale: factor on the scores.
+        tensors: [T, H, D], q among them.
+    """
+    q, first = tensors["q"], None
+    if on_cuda(q) and max(queries.max_length, keys.max_length) > SHORT and _has_flash_attn_3():
+        first = "flash_attn"
+    refused = refusals(scale, **tensors)
+    return choose_backend("attention", q, backend, refusals=refused, first=first)
+
+
+def refusals(scale: float, **tensors: Tensor) -> dict[str, str]:
+    """Why the scale, or types, head dimension or layouts of [T, H, D] tensors rule out backends."""
+    refused = triton_kernels.refusals(**tensors)
+    if on_cuda(tensors["q"]):
+        refused |= cuda_kernels.refusals(**tensors) | flash_attn_kernels.refusals(scale, **tensors)
+    return refused | native_refusals(tensors, {})
+
+
+def _has_flash_attn_3() -> bool:
+    """Whether FlashAttention-3 is installed and runs on the current GPU."""
+    return not flash_attention.why_not() and flash_attention.installed().generation == 3
+
+
+# A constant of torch.compile, as in `backends`.
+_has_flash_attn_3._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def kernels_of(q: Tensor, backend: str) -> Any:
     """The kernels of a backend that compute on the device of q."""
-    return KERNELS[backend, "cuda" if backend == "native" and on_cuda(q) else q.device.type]
+    return KERNELS[backend, native.place_of(backend, q.device.type)]
 
 
 def are_of_a_gpu(q: Tensor, backend: str) -> bool:
@@ -48,7 +84,7 @@ def launches(
     """What the kernels of a GPU are launched for, in numbers that a schema can hold.
 
     A few groups of equally long sequences take one launch each, without idle blocks; many take one
-    launch together.
+    launch together, and so does everything that flash-attn computes.
 
     Args:
         q: the queries; their device decides with the backend which kernels they are.
@@ -68,7 +104,8 @@ def launches(
         deterministic = torch.are_deterministic_algorithms_enabled()
     in_any_order = int(not deterministic)
     counts = [count for count, _ in keys.groups]
-    if counts != [count for count, _ in queries.groups] or len(counts) > MAX_LAUNCHES:
+    together = backend == "flash_attn" or len(counts) > MAX_LAUNCHES
+    if together or counts != [count for count, _ in queries.groups]:
         groups = queries.groups, keys.groups
         longest = (max((n for c, n in g if c), default=0) for g in groups)
         return [0, sum(counts), *longest, in_any_order]

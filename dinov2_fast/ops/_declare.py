@@ -65,14 +65,12 @@ def _dispatcher(name: str, device_type: str, kernels: Mapping[tuple[str, str], K
     """The function torch calls on one device type: takes the backend off and runs its kernel."""
 
     def run(*arguments: Any) -> Any:
-        backend, place = arguments[-1], device_type
-        if backend == "native":
-            place = native.kernels_for(device_type)
-        kernel = kernels.get((backend, place))
+        backend = arguments[-1]
+        kernel = kernels.get((backend, native.place_of(backend, device_type)))
         if kernel is None:
             known = ", ".join(backend for backend, device in kernels if device == device_type)
             raise BackendUnavailable(
-                f"{name}: expected a backend of {known} on {device_type}, got {arguments[-1]!r}"
+                f"{name}: expected a backend of {known} on {device_type}, got {backend!r}"
             )
         return kernel(*arguments[:-1])
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops import _attention_by_runs as by_runs
 from dinov2_fast.ops._attention_kernels import (
     KERNELS,
     are_of_a_gpu,
+    choose,
     kernels_of,
     launches,
-    refusals,
 )
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_pack, check_tensor
 from dinov2_fast.ops._declare import declare
@@ -66,10 +65,11 @@ def attention(
         pack: layout of the T tokens; empty sequences and T = 0 are allowed.
         scale: factor on the scores; None is D^-0.5.
         deterministic: whether the gradients have the same bits in every run. None asks
-            `torch.use_deterministic_algorithms`; only native kernels on CUDA know another way.
+            `torch.use_deterministic_algorithms`; only native kernels on CUDA and flash-attn know
+            another way.
         backend: see `backends.choose_backend`.
     Returns:
-        [T, H, D]; a sequence never sees another one, not even its NaN.
+        [T, H, D]; a sequence never sees another one, not even its NaN (but for flash_attn).
     Raises:
         TypeError: not floating-point tensors, or not a `Pack`.
         ValueError: shapes, dtypes or devices that do not fit each other.
@@ -77,7 +77,7 @@ def attention(
     Source: block-diagonal masks of xFormers' memory-efficient attention, as DINOv2 uses them.
     """
     scale = _check("attention", q, k, v, pack, scale)
-    chosen = _choose(backend, q=q, k=k, v=v)
+    chosen = choose(backend, pack, pack, scale=scale, q=q, k=k, v=v)
     if chosen == "reference":
         return attention_reference(q, k, v, pack, scale=scale)
     runs = launches(q, pack, pack, chosen, deterministic)
@@ -110,7 +110,7 @@ def attention_with_lse(
         BackendUnavailable: see `attention`.
     """
     scale = _check("attention_with_lse", q, k, v, pack, scale)
-    chosen = _choose(backend, q=q, k=k, v=v)
+    chosen = choose(backend, pack, pack, scale=scale, q=q, k=k, v=v)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if chosen == "reference" or differentiated:  # there lse has a gradient too
         lse = lse_reference(q, k, pack, scale=scale)
@@ -147,7 +147,7 @@ def attention_forward(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     queries = _query_pack("attention_forward", q, k, pack, q_pack)
-    chosen = _choose(backend, q=q, k=k, v=v)
+    chosen = choose(backend, queries, pack, scale=scale, q=q, k=k, v=v)
     offsets = (queries.offsets, pack.offsets)
     if chosen != "reference":
         runs = launches(q, queries, pack, chosen)
@@ -197,7 +197,8 @@ def attention_backward(
     """
     queries = _query_pack("attention_backward", q, k, pack, q_pack)
     gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
-    chosen = _choose(backend, d_out=d_out, q=q, k=k, v=v, **gradients)
+    tensors = {"d_out": d_out, "q": q, "k": k, "v": v, **gradients}
+    chosen = choose(backend, queries, pack, scale=scale, **tensors)
     offsets = (queries.offsets, pack.offsets)
     if chosen != "reference":
         runs = launches(q, queries, pack, chosen, deterministic)
@@ -308,11 +309,6 @@ def _query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) 
             f"got {queries.num_sequences}"
         )
     return queries
-
-
-def _choose(backend: str | None, **tensors: Tensor) -> str:
-    """The backend for [T, H, D] tensors of these layouts."""
-    return choose_backend("attention", tensors["q"], backend, refusals=refusals(**tensors))
 
 
 def _forward_with(kernels: Any) -> Any:
