@@ -40,7 +40,7 @@ def contender(name: str, shape: tuple[int, int, int], device: str) -> Callable[[
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), HEADS)
-@pytest.mark.parametrize("backend", ["reference", "torch sdpa", "native", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch sdpa", "native", "triton", "flash_attn"])
 def test_attention(
     benchmark: Any,
     backend: str,
@@ -50,7 +50,7 @@ def test_attention(
     mode: str,
 ):
     ours = "reference" if backend == "torch sdpa" else backend
-    skip_unless_available("attention", ours, device)
+    skip_unless_available("attention", ours, device, dtype)
     sequences, heads, length = shape
     tokens = sequences * length
     generator = torch.Generator().manual_seed(0)

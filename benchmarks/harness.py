@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_fast.backends import availability
+from dinov2_fast.backends import DTYPES, availability
 from dinov2_fast.bench.machine import copy_bandwidth_gb_s, hardware, synchronize
 
 WARMUP_ROUNDS = 5
@@ -30,11 +30,23 @@ CPU_ROW = pytest.mark.benchmark(timer=time.thread_time)
 GPU_ROW = pytest.mark.benchmark(timer=time.perf_counter)
 
 
-def skip_unless_available(op: str, backend: str, device: str) -> None:
-    """Skip a row, with the reason, when this machine cannot compute it."""
+def skip_unless_available(
+    op: str, backend: str, device: str, dtype: torch.dtype | None = None
+) -> None:
+    """Skip a row, with the reason, when this machine cannot compute it.
+
+    Args:
+        op: stem of the op.
+        backend: of the row.
+        device: "cpu" or "cuda".
+        dtype: of the row, where backends take different ones.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     reason = availability(op, device)[backend]
+    taken = DTYPES.get((op, backend, device))
+    if not reason and dtype is not None and taken is not None and dtype not in taken:
+        reason = f"it does not take {dtype}"
     if reason:
         pytest.skip(f"{op}: {backend} on {device}: {reason}")
 
