@@ -1,8 +1,8 @@
 // Layer norm of gathered rows, and its gradient added to those rows in place.
 #include "check.hpp"
-#include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/reduce.cuh"
+#include "cuda/device/run.cuh"
 #include "cuda/device/types.cuh"
 #include "cuda/device/vector.cuh"
 #include "keywords.hpp"
@@ -106,21 +106,6 @@ __global__ void __launch_bounds__(kLanes* kForwardRows, ctas_at_half(kLanes* kFo
   }
 }
 
-// Two sums over the threads of a CTA, the same bits in each. The buffer of the row before is not
-// written again until all warps have passed this row's barrier, so one barrier a row is enough.
-__device__ float2 block_sums(float2 sums, float2* of_warps) {
-  sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
-  if (threadIdx.x % kLanes == 0)
-    of_warps[threadIdx.x / kLanes] = sums;
-  __syncthreads();
-  sums = make_float2(0.0f, 0.0f);
-  for (unsigned warp = 0; warp < blockDim.x / kLanes; ++warp) {
-    sums.x += of_warps[warp].x;
-    sums.y += of_warps[warp].y;
-  }
-  return sums;
-}
-
 // x_hat of a vector of a source row.
 template <typename Y, int kVector>
 __device__ void normalised(const BackwardParams& p, const Y* source, int c, float mean, float scale,
@@ -145,7 +130,9 @@ template <typename X, typename Y, int kVector>
 __global__ void __launch_bounds__(kBackwardThreads, ctas_at_half(kBackwardThreads))
     layer_norm_backward_kernel(const BackwardParams p) {
   extern __shared__ float4 shared[];
-  __shared__ float2 of_warps[2][kBackwardWarps];
+  // Two buffers: that of the row before is not written again until all warps have passed this row's
+  // barrier, so one barrier a row is enough.
+  alignas(8) __shared__ float of_warps[2][kBackwardWarps][2];
   const int channels = static_cast<int>(p.channels);
   const int first = threadIdx.x * kVector, step = blockDim.x * kVector;
   float* kept_g = reinterpret_cast<float*>(shared);
@@ -166,7 +153,7 @@ __global__ void __launch_bounds__(kBackwardThreads, ctas_at_half(kBackwardThread
     const float rstd = p.rstd[row];
     const float mean = p.mean == nullptr ? 0.0f : p.mean[row];
     const float scale = p.mean == nullptr ? 1.0f : rstd;
-    float2 sums = make_float2(0.0f, 0.0f);
+    float sums[2] = {}; // of g and of g * x_hat
     for (int c = first; c < channels; c += step) {
       normalised<Y, kVector>(p, source, c, mean, scale, x_hat);
       const auto incoming = load_vector<Y, kVector>(dy + c);
@@ -183,15 +170,15 @@ __global__ void __launch_bounds__(kBackwardThreads, ctas_at_half(kBackwardThread
       for (int i = 0; i < kVector; ++i) {
         sum[i] += g[i];
         g[i] *= weight[i];
-        sums.x += g[i];
-        sums.y += g[i] * x_hat[i];
+        sums[0] += g[i];
+        sums[1] += g[i] * x_hat[i];
       }
       copy_floats<kVector>(dbias + c, sum);
       copy_floats<kVector>(kept_g + c, g);
       copy_floats<kVector>(kept_x_hat + c, x_hat);
     }
-    sums = block_sums(sums, of_warps[buffer]);
-    const float mean_g = sums.x / channels, along = sums.y / channels;
+    block_reduce<Sum>(sums, of_warps[buffer]);
+    const float mean_g = sums[0] / channels, along = sums[1] / channels;
     // A row of one channel is its own mean: only a rounding error would be scaled up.
     const float outer = channels == 1 ? 0.0f : rstd;
     for (int c = first; c < channels; c += step) {
@@ -254,10 +241,6 @@ void layer_norm_forward(const py::kwargs& a) {
                         keyword<int64_t>(a, "x_row_stride"),
                         keyword<int64_t>(a, "y_row_stride"),
                         keyword<float>(a, "eps")};
-  const auto x_dtype = keyword<std::string>(a, "x_dtype");
-  const auto y_dtype = keyword<std::string>(a, "y_dtype");
-  const auto device = keyword<int>(a, "device");
-  const auto stream = pointer<CUstream_st>(a, "stream");
   require_not_negative(op, "num_rows", p.num_rows);
   require_channels(op, p.channels);
   require_matrix(op, "x", p.x, p.num_rows, p.channels, p.x_row_stride, false);
@@ -267,19 +250,12 @@ void layer_norm_forward(const py::kwargs& a) {
   require_pointer(op, "weight", p.weight);
   require_pointer(op, "bias", p.bias);
   require_pointer(op, "rstd", p.rstd);
-  const py::gil_scoped_release release;
-  run_on(op, device, [&] {
-    return with_stream_and_branch(op, x_dtype, y_dtype, [&](auto x, auto y) {
-      using X = typename decltype(x)::type;
-      using Y = typename decltype(y)::type;
-      constexpr int kVector = kVectorOf<X, Y>;
-      if (p.channels % kVector == 0 && whole_vectors<X, kVector>(p.x, p.x_row_stride) &&
-          whole_vectors<Y, kVector>(p.y, p.y_row_stride) && whole_vectors<float, 4>(p.weight, 0) &&
-          whole_vectors<float, 4>(p.bias, 0))
-        return launch_forward<X, Y, kVector>(p, stream);
-      return launch_forward<X, Y, 1>(p, stream);
-    });
-  });
+  run_stream_in_vectors(
+      op, a, "x_dtype", "y_dtype", p.channels, {{p.x, p.x_row_stride}}, {{p.y, p.y_row_stride}},
+      {p.weight, p.bias}, [&](auto lane, cudaStream_t stream) {
+        using L = decltype(lane);
+        return launch_forward<typename L::X, typename L::Y, L::kVector>(p, stream);
+      });
 }
 
 void layer_norm_backward(const py::kwargs& a) {
@@ -301,10 +277,6 @@ void layer_norm_backward(const py::kwargs& a) {
                          keyword<int64_t>(a, "dx_row_stride"),
                          keyword<bool>(a, "add")};
   const auto num_partials = keyword<int64_t>(a, "num_partials");
-  const auto dx_dtype = keyword<std::string>(a, "dx_dtype");
-  const auto dy_dtype = keyword<std::string>(a, "dy_dtype");
-  const auto device = keyword<int>(a, "device");
-  const auto stream = pointer<CUstream_st>(a, "stream");
   require_not_negative(op, "num_rows", p.num_rows);
   require_channels(op, p.channels);
   require_matrix(op, "dy", p.dy, p.num_rows, p.channels, p.dy_row_stride, false);
@@ -316,21 +288,13 @@ void layer_norm_backward(const py::kwargs& a) {
   require_pointer(op, "weight", p.weight);
   require_pointer(op, "rstd", p.rstd);
   require_pointer(op, "partials", p.partials);
-  const py::gil_scoped_release release;
-  run_on(op, device, [&] {
-    return with_stream_and_branch(op, dx_dtype, dy_dtype, [&](auto x, auto y) {
-      using X = typename decltype(x)::type;
-      using Y = typename decltype(y)::type;
-      constexpr int kVector = kVectorOf<X, Y>;
-      if (p.channels % kVector == 0 && whole_vectors<X, kVector>(p.dx, p.dx_row_stride) &&
-          whole_vectors<Y, kVector>(p.dy, p.dy_row_stride) &&
-          whole_vectors<Y, kVector>(p.source, p.source_row_stride) &&
-          whole_vectors<float, 4>(p.weight, 0) && whole_vectors<float, 4>(p.bias, 0) &&
-          whole_vectors<float, 4>(p.partials, 0))
-        return launch_backward<X, Y, kVector>(p, num_partials, stream);
-      return launch_backward<X, Y, 1>(p, num_partials, stream);
-    });
-  });
+  run_stream_in_vectors(op, a, "dx_dtype", "dy_dtype", p.channels, {{p.dx, p.dx_row_stride}},
+                        {{p.dy, p.dy_row_stride}, {p.source, p.source_row_stride}},
+                        {p.weight, p.bias, p.partials}, [&](auto lane, cudaStream_t stream) {
+                          using L = decltype(lane);
+                          return launch_backward<typename L::X, typename L::Y, L::kVector>(
+                              p, num_partials, stream);
+                        });
 }
 
 } // namespace

@@ -1,7 +1,7 @@
 // Branch outputs added into the residual stream, and rows of its gradient gathered for a branch.
 #include "check.hpp"
-#include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/run.cuh"
 #include "cuda/device/tiles.cuh"
 #include "cuda/device/types.cuh"
 #include "cuda/device/vector.cuh"
@@ -10,7 +10,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
 
 namespace py = pybind11;
 
@@ -114,32 +113,20 @@ void scatter(const py::kwargs& a) {
                         keyword<int64_t>(a, "channels"),
                         keyword<int64_t>(a, "x_row_stride"),
                         keyword<int64_t>(a, "residual_row_stride")};
-  const auto x_dtype = keyword<std::string>(a, "x_dtype");
-  const auto residual_dtype = keyword<std::string>(a, "residual_dtype");
-  const auto device = keyword<int>(a, "device");
-  const auto stream = pointer<CUstream_st>(a, "stream");
   require_not_negative(op, "num_rows", p.num_rows);
   require_not_negative(op, "channels", p.channels);
   require_matrix(op, "x", p.x, p.num_rows, p.channels, p.x_row_stride, true);
   require_matrix(op, "residual", p.residual, p.num_rows, p.channels, p.residual_row_stride, false);
   if (p.num_rows == 0 || p.channels == 0)
     return; // a grid of no blocks is an error to CUDA
-  const py::gil_scoped_release release;
-  run_on(op, device, [&] {
-    return with_stream_and_branch(op, x_dtype, residual_dtype, [&](auto x, auto y) {
-      using X = typename decltype(x)::type;
-      using Y = typename decltype(y)::type;
-      constexpr int kVector = kVectorOf<X, Y>;
-      const dim3 block = tile_block();
-      if (p.channels % kVector == 0 && whole_vectors<X, kVector>(p.x, p.x_row_stride) &&
-          whole_vectors<Y, kVector>(p.residual, p.residual_row_stride) &&
-          whole_vectors<float, 4>(p.gamma, 0))
-        return launch<stochastic_depth_scatter_kernel<X, Y, kVector>>(
-            tile_grid(p.num_rows, p.channels / kVector, 0), block, 0, stream, p);
-      return launch<stochastic_depth_scatter_kernel<X, Y, 1>>(tile_grid(p.num_rows, p.channels, 0),
-                                                              block, 0, stream, p);
-    });
-  });
+  run_stream_in_vectors(
+      op, a, "x_dtype", "residual_dtype", p.channels, {{p.x, p.x_row_stride}},
+      {{p.residual, p.residual_row_stride}}, {p.gamma}, [&](auto lane, cudaStream_t stream) {
+        using L = decltype(lane);
+        const dim3 grid = tile_grid(p.num_rows, p.channels / L::kVector, 0);
+        return launch<stochastic_depth_scatter_kernel<typename L::X, typename L::Y, L::kVector>>(
+            grid, tile_block(), 0, stream, p);
+      });
 }
 
 void gather(const py::kwargs& a) {
@@ -157,10 +144,6 @@ void gather(const py::kwargs& a) {
                        keyword<int64_t>(a, "residual_row_stride"),
                        keyword<int64_t>(a, "g_row_stride")};
   const auto num_partials = keyword<int64_t>(a, "num_partials");
-  const auto dx_dtype = keyword<std::string>(a, "dx_dtype");
-  const auto g_dtype = keyword<std::string>(a, "g_dtype");
-  const auto device = keyword<int>(a, "device");
-  const auto stream = pointer<CUstream_st>(a, "stream");
   require_not_negative(op, "num_rows", p.num_rows);
   require_not_negative(op, "channels", p.channels);
   require_matrix(op, "dx", p.dx, p.num_rows, p.channels, p.dx_row_stride, false);
@@ -169,22 +152,15 @@ void gather(const py::kwargs& a) {
     return;
   require((p.partials != nullptr) == (num_partials > 0), op,
           "expected partials if and only if there are num_partials");
-  const py::gil_scoped_release release;
-  run_on(op, device, [&] {
-    return with_stream_and_branch(op, dx_dtype, g_dtype, [&](auto x, auto y) {
-      using X = typename decltype(x)::type;
-      using Y = typename decltype(y)::type;
-      constexpr int kVector = kVectorOf<X, Y>;
-      const dim3 block = tile_block();
-      if (p.channels % kVector == 0 && whole_vectors<X, kVector>(p.dx, p.dx_row_stride) &&
-          whole_vectors<Y, kVector>(p.residual, p.residual_row_stride) &&
-          whole_vectors<float, 4>(p.gamma, 0) && whole_vectors<Y, kVector>(p.g, p.g_row_stride))
-        return launch<stochastic_depth_gather_kernel<X, Y, kVector>>(
-            tile_grid(p.num_rows, p.channels / kVector, num_partials), block, 0, stream, p);
-      return launch<stochastic_depth_gather_kernel<X, Y, 1>>(
-          tile_grid(p.num_rows, p.channels, num_partials), block, 0, stream, p);
-    });
-  });
+  run_stream_in_vectors(
+      op, a, "dx_dtype", "g_dtype", p.channels, {{p.dx, p.dx_row_stride}},
+      {{p.residual, p.residual_row_stride}, {p.g, p.g_row_stride}}, {p.gamma},
+      [&](auto lane, cudaStream_t stream) {
+        using L = decltype(lane);
+        const dim3 grid = tile_grid(p.num_rows, p.channels / L::kVector, num_partials);
+        return launch<stochastic_depth_gather_kernel<typename L::X, typename L::Y, L::kVector>>(
+            grid, tile_block(), 0, stream, p);
+      });
 }
 
 } // namespace
