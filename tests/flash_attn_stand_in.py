@@ -106,7 +106,7 @@ CALLS: list[Values] = []
 
 @contextlib.contextmanager
 def flash_attn_on_cpu(*releases: str, capability: int | None = 9) -> Iterator[list[Values]]:
-    """Releases of flash-attn are installed, and compute on tensors of the CPU.
+    """These releases of flash-attn are installed and no other, and compute on tensors of the CPU.
 
     Args:
         releases: of `RELEASES`, at most one of FlashAttention-2 and one of -3.
@@ -114,16 +114,20 @@ def flash_attn_on_cpu(*releases: str, capability: int | None = 9) -> Iterator[li
     Yields:
         The arguments of every call so far.
     """
-    modules: dict[str, types.ModuleType] = {}
+    modules: dict[str, types.ModuleType | None] = {
+        _root(generation): None for generation in flash_attention.GENERATIONS
+    }
     versions: dict[str, str] = {}
     for release in releases:
         generation = next(g for g in flash_attention.GENERATIONS if g.number == int(release[0]))
         versions[generation.distribution] = release
-        modules[generation.module] = module = _module(generation.module)
-        modules.setdefault(generation.module.partition(".")[0], module)
+        module = types.ModuleType(generation.module)
+        module.__spec__ = importlib.machinery.ModuleSpec(generation.module, None)
+        modules |= {generation.module: module, _root(generation): module}
         for name, function in zip(generation.functions, FUNCTIONS[release], strict=True):
             setattr(module, name, function)
     CALLS.clear()
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)  # mock.patch.dict would forget what is imported meanwhile
     with (
         mock.patch.object(metadata, "version", versions.__getitem__),
@@ -136,13 +140,12 @@ def flash_attn_on_cpu(*releases: str, capability: int | None = 9) -> Iterator[li
         finally:
             for name in modules:
                 del sys.modules[name]
+            sys.modules.update(before)
             _forget()
 
 
-def _module(name: str) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    return module
+def _root(generation: flash_attention.Generation) -> str:
+    return generation.module.partition(".")[0]
 
 
 def _forget() -> None:

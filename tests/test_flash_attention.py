@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -80,10 +81,11 @@ def test_what_fails_to_import_is_a_reason_and_not_tried_without_a_gpu(
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
-    with flash_attn_on_cpu(capability=None):
-        assert flash_attention.why_not() == "torch sees no CUDA device"
-    with flash_attn_on_cpu():
-        assert flash_attention.why_not() == "flash-attn failed to import: undefined symbol"
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setattr(flash_attention, "_capability", mock.Mock(side_effect=[None, 9]))
+    found = [flash_attention._load.__wrapped__()[1] for _ in range(2)]
+    assert found == ["torch sees no CUDA device", "flash-attn failed to import: undefined symbol"]
 
 
 def test_every_release_is_called_with_what_asks_for_nothing():
