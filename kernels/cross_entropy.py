@@ -15,9 +15,15 @@ COLUMNS = 4096  # prototypes of a step
 
 
 @triton.jit
+def _times_rest(x, factor_rest):
+    """X times what is left of a factor; infinity times 0 or the other sign would be NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x * factor_rest)
+
+
+@triton.jit
 def _times(x, factor, factor_rest):
     """X times a number of more than 24 bits: temperatures are small, and their quotients large."""
-    return x * factor + x * factor_rest
+    return x * factor + _times_rest(x, factor_rest)
 
 
 @triton.jit
@@ -44,7 +50,7 @@ def _targets(
         teacher = tl.load(teacher_ptrs, mask=inside & present, other=0.0).to(tl.float32)
         log_v = tl.load(log_v_ptr + teacher_row, mask=present, other=0.0)
         # The two large terms first: their sum is small, and what is added to it rounds little.
-        scores = (teacher * inverse + log_v) + (teacher * inverse_rest + log_u)
+        scores = (teacher * inverse + log_v) + (_times_rest(teacher, inverse_rest) + log_u)
         targets += tl.where(inside & present, tl.exp(scores), 0.0)
     return targets
 
@@ -97,8 +103,9 @@ def _forward_kernel(
         )
         before = largest
         largest = tl.maximum(before, tl.max(student, axis=0))
-        scores = _times(student - largest, student_inverse, student_inverse_rest)
-        step = _times(before - largest, student_inverse, student_inverse_rest)
+        base = tl.where(largest == -float("inf"), 0.0, largest)
+        scores = _times(student - base, student_inverse, student_inverse_rest)
+        step = _times(before - base, student_inverse, student_inverse_rest)
         step = tl.where(before == -float("inf"), 0.0, step)
         exp_sum = exp_sum * tl.exp(step) + tl.sum(tl.where(inside, tl.exp(scores), 0.0), axis=0)
         product += target_sum * step + tl.sum(tl.where(inside, targets * scores, 0.0), axis=0)

@@ -257,6 +257,35 @@ def test_large_logits_do_not_overflow(backend: str, device: str):
     )
 
 
+# What 24 bits leave of 1/0.1 and 1/0.04 is 0, of 1/0.7 less than 0: infinity times either, added
+# to infinity, is NaN.
+@pytest.mark.parametrize("temperatures", [(0.1, 0.04), (0.7, 0.7)], ids=str)
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_scores_of_minus_infinity_have_no_weight(
+    whose: str, temperatures: tuple[float, float], backend: str, device: str
+):
+    # More columns without weight than a kernel takes at once, from the first on.
+    inputs = make_inputs(2, 4200, device=device)
+    inputs |= dict(zip(TEMPERATURES, temperatures, strict=True))
+    inputs[f"{whose}_logits"][:, :4150] = -torch.inf
+    results = []
+    for values, chosen in (
+        (inputs, backend),
+        (inputs, "reference"),
+        (widened(inputs), "reference"),
+    ):
+        student = values["student_logits"].clone().requires_grad_()
+        loss = cross_entropy(**(values | {"student_logits": student}), backend=chosen)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), student)))
+    # Where the teacher has weight, a student without any is infinitely wrong.
+    assert results[2][0].isposinf().all() == (whose == "student")
+    for name, *tensors in zip(("loss", "gradient"), *results, strict=True):
+        out, low_precision, truth = tensors
+        assert_within_error_budget(
+            out, low_precision=low_precision, truth=truth, name=f"cross_entropy.{name}"
+        )
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiles_fullgraph(compiler: str, backend: str, device: str):
     inputs = make_inputs(3, 5, device=device)
