@@ -1,6 +1,7 @@
 """The optimizer's step over many tensors in one launch, and the norm of all gradients.
 
-Tensors are reached through a table of addresses. A program computes one chunk of one tensor, so the
+Tensors are reached through a table: the addresses of several lists of N tensors, the N sizes in
+elements, and the number of the first chunk of each tensor. A program computes one chunk, so the
 work of a launch does not depend on how the parameters are cut into tensors.
 
 Source: Loshchilov, Hutter, "Decoupled weight decay regularization", 2019.
@@ -11,7 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK = 16384  # elements of a program
+
+@triton.jit
+def _chunk_of_program(table_ptr, num_tensors, LISTS: tl.constexpr, CHUNK: tl.constexpr):
+    """The tensor of this program's chunk, where in it the chunk begins, and the tensor's size."""
+    program = tl.program_id(0)
+    sizes_ptr = table_ptr + LISTS * num_tensors
+    chunks_ptr = sizes_ptr + num_tensors
+    low = 0
+    high = num_tensors
+    while high - low > 1:  # an empty tensor begins where the next one does
+        middle = (low + high) // 2
+        begun = tl.load(chunks_ptr + middle) <= program
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    first = (program - tl.load(chunks_ptr + low)) * CHUNK
+    return low, first, tl.load(sizes_ptr + low)
 
 
 @triton.jit
@@ -30,15 +46,10 @@ def _lerp(start, end, weight):
     return tl.where(weight < 0.5, start + weight * change, end - change * (1 - weight))
 
 
-# Numbers that vary from group to group: no variant is compiled for each.
-_VARYING = ["num_tensors", "num_programs"]
-
-
-@triton.jit(do_not_specialize=_VARYING)
+# A number that varies from group to group: no variant is compiled for each.
+@triton.jit(do_not_specialize=["num_tensors"])
 def step_kernel(
-    table_ptr,  # [5, N] int64: addresses of parameters, gradients, m, v and teacher's parameters
-    sizes_ptr,  # [N] int64
-    chunks_ptr,  # [2, programs] int64: tensor, and number of the chunk in it
+    table_ptr,  # int64, of 5 lists: parameters, gradients, m, v and teacher's parameters
     scale_ptr,  # [] float32, factor on the gradients
     skip_ptr,  # [] bool, or scale_ptr without one
     scale,  # factor on the gradients if there is no tensor of it
@@ -51,7 +62,6 @@ def step_kernel(
     root_correction,  # 1 / sqrt(1 - beta2^step)
     momentum_rest,  # 1 - momentum
     num_tensors,  # N
-    num_programs,
     HAS_SCALE: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
@@ -60,10 +70,7 @@ def step_kernel(
     BLOCK: tl.constexpr,
 ):
     """AdamW and the moving average on one chunk; nothing is written in a skipped step."""
-    program = tl.program_id(0)
-    tensor = tl.load(chunks_ptr + program)
-    first = tl.load(chunks_ptr + num_programs + program) * CHUNK
-    size = tl.load(sizes_ptr + tensor)
+    tensor, first, size = _chunk_of_program(table_ptr, num_tensors, 5, CHUNK)
     if HAS_SKIP:
         size = tl.where(tl.load(skip_ptr) != 0, 0, size)
     if HAS_SCALE:
@@ -91,26 +98,21 @@ def step_kernel(
             tl.store(teacher_ptr + at, _lerp(teacher, p, momentum_rest), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_programs"])
+@triton.jit(do_not_specialize=["num_tensors"])
 def squares_kernel(
-    table_ptr,  # [N] int64, addresses
-    sizes_ptr,  # [N] int64
-    chunks_ptr,  # [2, programs] int64: tensor, and number of the chunk in it
+    table_ptr,  # int64, of 1 list
     sums_ptr,  # [programs] float32
-    num_programs,
+    num_tensors,  # N
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum of squares of one chunk; a fixed order, whatever else runs."""
-    program = tl.program_id(0)
-    tensor = tl.load(chunks_ptr + program)
-    first = tl.load(chunks_ptr + num_programs + program) * CHUNK
-    size = tl.load(sizes_ptr + tensor)
+    tensor, first, size = _chunk_of_program(table_ptr, num_tensors, 1, CHUNK)
     gradient_ptr = _pointer(table_ptr, tensor, ALIGNED)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, CHUNK, BLOCK):
         at = first + start + tl.arange(0, BLOCK)
         g = tl.load(gradient_ptr + at, mask=at < size, other=0.0)
         sums += g * g
-    tl.store(sums_ptr + program, tl.sum(sums, 0))
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(sums, 0))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,27 +10,12 @@ from torch.autograd.graph import increment_version
 
 from dinov2_fast.ops._native_cpu import dtype_name
 from dinov2_fast.ops._native_cuda import run_cuda
-
-# Elements that a CTA computes. Sums of squares are of one chunk each, so their order is the same
-# on every GPU.
-CHUNK = 16384
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Where tensors lie, as the kernels read it."""
-
-    numbers: Tensor
-    """int64: addresses [lists, N], sizes [N], number of the first chunk [N]."""
-    num_tensors: int
-    num_chunks: int
-    tensors: tuple[Tensor, ...]
-    """Those that the addresses are of."""
+from dinov2_fast.ops._optimizer_table import CHUNK, present, table_of
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:
     """0-d float32 norm of all gradients; squares are summed in float64, chunk by chunk."""
-    table = _table([gradients])
+    table = table_of([gradients], chunk=CHUNK)
     out = gradients[0].new_empty(())
     run_cuda(
         "optimizer_norm_cuda",
@@ -54,7 +37,7 @@ def takes_copies(
 ) -> bool:
     """Whether the kernel writes these copies in its own pass over memory."""
     del ema_parameters
-    given = _present([copies, ema_copies])
+    given = present([copies, ema_copies])
     dtypes = {copy.dtype for copy in given}
     types = dtypes <= {torch.bfloat16} or dtypes <= {torch.float16}
     return types and all(copy.is_contiguous() for copy in given)
@@ -76,9 +59,10 @@ def step(
     """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
     none = [None] * len(parameters)
     states = [parameters, gradients, exp_avgs, exp_avg_sqs]
-    table = _table([*states, ema_parameters or none, copies or none, ema_copies or none])
+    lists = [*states, ema_parameters or none, copies or none, ema_copies or none]
+    table = table_of(lists, chunk=CHUNK)
     # Autograd does not see writes through pointers, and must refuse what saved the old values.
-    written_copies = _present([copies, ema_copies])
+    written_copies = present([copies, ema_copies])
     increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *(ema_parameters or ())])
     increment_version(written_copies)
     on_device = isinstance(gradient_scale, Tensor)
@@ -95,23 +79,3 @@ def step(
         copies_dtype=dtype_name(written_copies[0]) if written_copies else "bfloat16",
         **numbers,
     )
-
-
-def _table(lists: Sequence[Sequence[Tensor | None]]) -> _Table:
-    """The table of lists of tensors of the same sizes, copied to their device at once."""
-    tensors = _present([lists[0]])
-    sizes = [tensor.numel() for tensor in tensors]
-    addresses = [0 if x is None else x.data_ptr() for listed in lists for x in listed]
-    *first_chunks, num_chunks = accumulate((-(-size // CHUNK) for size in sizes), initial=0)
-    numbers = torch.tensor([*addresses, *sizes, *first_chunks], dtype=torch.int64)
-    return _Table(
-        numbers.to(tensors[0].device, non_blocking=True),
-        len(sizes),
-        num_chunks,
-        tuple(_present(lists)),
-    )
-
-
-def _present(lists: Iterable[Sequence[Tensor | None]]) -> list[Tensor]:
-    """All tensors of some lists that may have gaps."""
-    return [tensor for listed in lists for tensor in listed if tensor is not None]

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from dinov2_fast.ops._optimizer_table import CHUNK, Table, table_of
+
 _BLOCK = 1024
 _ALIGNMENT = 16  # bytes of a vector load
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Where the tensors lie, on their device."""
-
-    addresses: Tensor
-    """[lists, N] int64."""
-    sizes: Tensor
-    """[N] int64."""
-    chunks: Tensor
-    """[2, programs] int64."""
-    num_programs: int
-    aligned: bool
 
 
 def _kernels() -> Any:
@@ -37,19 +24,15 @@ def _kernels() -> Any:
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:
     """0-d float32 norm of all gradients; chunks' sums are added in float64."""
-    kernels = _kernels()
-
-    table = _table([gradients], chunk=kernels.CHUNK)
-    sums = torch.empty(table.num_programs, device=gradients[0].device)
-    if table.num_programs:
-        kernels.squares_kernel[(table.num_programs,)](
-            table.addresses,
-            table.sizes,
-            table.chunks,
+    table = table_of([gradients], chunk=CHUNK)
+    sums = torch.empty(table.num_chunks, device=gradients[0].device)
+    if table.num_chunks:
+        _kernels().squares_kernel[(table.num_chunks,)](
+            table.numbers,
             sums,
-            table.num_programs,
-            ALIGNED=table.aligned,
-            CHUNK=kernels.CHUNK,
+            table.num_tensors,
+            ALIGNED=_aligned(table),
+            CHUNK=CHUNK,
             BLOCK=_BLOCK,
         )
     return sums.sum(dtype=torch.float64).sqrt().float()
@@ -73,22 +56,17 @@ def step(
     skip: Tensor | None,
 ) -> None:
     """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
-    kernels = _kernels()
-
-    teachers = parameters if ema_parameters is None else ema_parameters
     # Autograd does not see writes through pointers, and must refuse what saved the old values.
     written = [*parameters, *exp_avgs, *exp_avg_sqs]
     increment_version(written if ema_parameters is None else [*written, *ema_parameters])
-    lists = [parameters, gradients, exp_avgs, exp_avg_sqs, teachers]
-    table = _table(lists, chunk=kernels.CHUNK)
-    if not table.num_programs:
+    teachers = [None] * len(parameters) if ema_parameters is None else ema_parameters
+    table = table_of([parameters, gradients, exp_avgs, exp_avg_sqs, teachers], chunk=CHUNK)
+    if not table.num_chunks:
         return
     has_scale = isinstance(gradient_scale, Tensor)
-    scale = gradient_scale if isinstance(gradient_scale, Tensor) else table.addresses
-    kernels.step_kernel[(table.num_programs,)](
-        table.addresses,
-        table.sizes,
-        table.chunks,
+    scale = gradient_scale if isinstance(gradient_scale, Tensor) else table.numbers
+    _kernels().step_kernel[(table.num_chunks,)](
+        table.numbers,
         scale,
         scale if skip is None else skip,
         1.0 if isinstance(gradient_scale, Tensor) else float(gradient_scale),
@@ -100,31 +78,16 @@ def step(
         lr / (1 - beta1**step),
         (1 - beta2**step) ** -0.5,
         1 - float(momentum),
-        len(parameters),
-        table.num_programs,
+        table.num_tensors,
         HAS_SCALE=has_scale,
         HAS_SKIP=skip is not None,
         HAS_TEACHER=ema_parameters is not None,
-        ALIGNED=table.aligned,
-        CHUNK=kernels.CHUNK,
+        ALIGNED=_aligned(table),
+        CHUNK=CHUNK,
         BLOCK=_BLOCK,
     )
 
 
-def _table(lists: Sequence[Sequence[Tensor]], *, chunk: int) -> _Table:
-    """The table of lists of tensors of the same sizes, copied to their device at once."""
-    sizes = [tensor.numel() for tensor in lists[0]]
-    pieces = [-(-size // chunk) for size in sizes]
-    addresses = [tensor.data_ptr() for tensors in lists for tensor in tensors]
-    tensor_of = [index for index, count in enumerate(pieces) for _ in range(count)]
-    piece_of = [piece for count in pieces for piece in range(count)]
-    numbers = torch.tensor([*addresses, *sizes, *tensor_of, *piece_of], dtype=torch.int64)
-    on_device = numbers.to(lists[0][0].device, non_blocking=True)
-    last = len(addresses) + len(sizes)
-    return _Table(
-        addresses=on_device[: len(addresses)],
-        sizes=on_device[len(addresses) : last],
-        chunks=on_device[last:],
-        num_programs=len(tensor_of),
-        aligned=all(address % _ALIGNMENT == 0 for address in addresses),
-    )
+def _aligned(table: Table) -> bool:
+    """Whether all tensors can be moved in vectors."""
+    return all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in table.tensors)

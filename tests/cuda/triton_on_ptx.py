@@ -22,7 +22,7 @@ TABLES: dict[int, list[Any]] = {}
 _running = triton_on_cpu(int(os.environ.get("SIMT_ARCH", "80")), tables=TABLES)
 RESULTS = _running.__enter__()
 
-_tile, _table = _attention_triton._tile, _optimizer_triton._table
+_tile, _table_of = _attention_triton._tile, _optimizer_triton.table_of
 
 
 def _tile_of_a_gpu(q: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -32,13 +32,15 @@ def _tile_of_a_gpu(q: Any, *args: Any, **options: Any) -> dict[str, Any]:
 
 def _known_table(lists: Any, **options: Any) -> Any:
     """The optimizer's table, with a note of the tensors whose addresses it holds."""
-    table = _table(lists, **options)
+    table = _table_of(lists, **options)
+    tensors = [tensor for listed in lists for tensor in listed]
+    numbers = table.numbers.tolist()[len(tensors) :]
     TABLES.clear()
-    TABLES[table.addresses.data_ptr()] = [tensor for tensors in lists for tensor in tensors]
+    TABLES[table.numbers.data_ptr()] = [0 if x is None else x for x in tensors] + numbers
     return table
 
 
-_attention_triton._tile, _optimizer_triton._table = _tile_of_a_gpu, _known_table
+_attention_triton._tile, _optimizer_triton.table_of = _tile_of_a_gpu, _known_table
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

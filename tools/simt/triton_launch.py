@@ -27,7 +27,7 @@ def triton_on_cpu(
     Args:
         arch: 80 or 90.
         tables: tensors that kernels find by their addresses in a table: the table's `data_ptr()`
-            -> one tensor for each of its elements.
+            -> for each of its elements the tensor whose address it is, or the number that it is.
         launch_options: of simt.launch: checks, schedule, profile.
     Yields:
         The results of all launches so far.
@@ -101,7 +101,10 @@ def _argument(value: Any, device: Device, name: str, tables: Mapping[int, Sequen
     tensors = tables.get(value.data_ptr())
     if tensors is None:
         return np.uint64(_address(value, device, name))
-    there = [_address(tensor, device, f"{name}[{i}]") for i, tensor in enumerate(tensors)]
+    there = [
+        x if isinstance(x, int) else _address(x, device, f"{name}[{i}]")
+        for i, x in enumerate(tensors)
+    ]
     return np.array(there, np.uint64)
 
 
