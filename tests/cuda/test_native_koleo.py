@@ -121,19 +121,62 @@ def test_the_tile_of_a_batch_changes_no_nearest_row():
     assert torch.equal(many["losses"][:SMALL], few["losses"])
 
 
-def test_nan_in_a_row_stays_in_its_loss():
+def test_the_nearest_of_rows_that_all_point_apart_is_found():
+    # Corners of a simplex, moved a little: every product is negative, and the larger the nearer.
+    rows = SMALL
+    x = torch.eye(rows) - 1 / rows + randn(rows, rows, scale=0.005)
+    unit = torch.nn.functional.normalize(x.double())
+    products = unit @ unit.T
+    assert (products - 2 * torch.eye(rows)).max() < 0
+    out, _ = execute(x)
+    assert torch.equal(out["nearest"], products.fill_diagonal_(-torch.inf).argmax(dim=1))
+
+
+def test_a_product_that_underflows_from_below_ties_with_zero():
+    # Whole tiles of channels: what fills one would turn -0 into 0.
+    x = torch.zeros(3, 64)
+    x[:, :3] = torch.eye(3)
+    x[0, 63], x[1, 63] = 1e-25, -1e-25
+    assert (x[0, 63] * x[1, 63]).signbit()
+    out, _ = execute(x)
+    assert out["nearest"].tolist() == [1, 0, 0]
+
+
+def test_rows_no_longer_than_eps_match_the_reference():
     x = randn(SMALL, 40)
-    x[15] = x[3].neg()  # nobody's nearest, with or without NaN
+    x[4] = 0.0
+    x[9] *= 0.1 * EPS / x[9].norm()
+    out, _ = execute(x)
+    low, truth = reference(x), reference(x.double())
+    assert_within_error_budget(
+        out["losses"].double().mean().float(),
+        low_precision=low[0],
+        truth=truth[0],
+        name="koleo.loss",
+    )
+    # Gradients of short rows are 1/EPS times as large as those of the others.
+    for name, rows in (("short", [4, 9]), ("others", sorted({*range(SMALL)} - {4, 9}))):
+        assert_within_error_budget(
+            out["dx"][rows], low_precision=low[1][rows], truth=truth[1][rows], name=f"koleo.{name}"
+        )
+
+
+# What fills a tile is no number of the first row, which is the one that has none to take instead.
+@pytest.mark.parametrize(("row", "instead"), [(15, 0), (0, 1)])
+def test_nan_in_a_row_stays_in_its_loss(row: int, instead: int):
+    x = randn(SMALL, 40)
+    x[row] = x[3].neg()  # nobody's nearest, with or without NaN
     clean, _ = execute(x)
-    x[15, 7] = torch.nan
+    x[row, 0] = torch.nan
     dirty, _ = execute(x)
-    others = torch.arange(SMALL) != 15
-    assert dirty["losses"][15].isnan()
+    others = torch.arange(SMALL) != row
+    for name in ("losses", "dx", "normalised"):
+        assert dirty[name][row].isnan().all()
     for name in ("losses", "nearest"):
         assert torch.equal(dirty[name][others], clean[name][others])
-    # Without a nearest row it takes the first, which its pull then reaches.
-    assert dirty["nearest"][15] == 0
-    others[[0, int(clean["nearest"][15])]] = False
+    # Without a nearest row it takes the first other one, which its pull then reaches.
+    assert dirty["nearest"][row] == instead
+    others[[instead, int(clean["nearest"][row])]] = False
     assert torch.equal(dirty["dx"][others], clean["dx"][others])
 
 

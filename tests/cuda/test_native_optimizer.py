@@ -79,9 +79,10 @@ def same(a: Lists, b: Lists) -> bool:
 def run_step(lists: Lists, *, scale: Any = 0.5, skip: Any = None, **options: Any) -> list[Any]:
     """One step by the kernel; the results of its launches."""
     copies = {name: options.pop(name) for name in ("copies", "ema_copies") if name in options}
+    numbers = NUMBERS | {name: options.pop(name) for name in NUMBERS if name in options}
     states = [lists[name] for name in STATES]
     with native_on_ptx.native_on_ptx(**options) as results:
-        _optimizer_cuda.step(*states, gradient_scale=scale, skip=skip, **copies, **NUMBERS)
+        _optimizer_cuda.step(*states, gradient_scale=scale, skip=skip, **copies, **numbers)
     return results
 
 
@@ -135,6 +136,15 @@ def test_alignment_changes_no_bit_of_a_step():
     assert same(lists, unaligned)
 
 
+@pytest.mark.parametrize("unaligned", STATES)
+def test_one_list_alone_may_be_unaligned(unaligned: str):
+    lists, expected = make_lists(FEW), make_lists(FEW)
+    lists[unaligned] = make_lists(FEW, offset=1)[unaligned]
+    run_step(lists)
+    run_step(expected)
+    assert same(lists, expected)
+
+
 def test_a_copy_may_be_missing_of_either():
     lists, plain = make_lists([61, 64, 384, 8]), make_lists([61, 64, 384, 8])
     # Copies alone may be unaligned.
@@ -168,6 +178,14 @@ def test_numbers_on_the_device_make_the_same_step():
     run_step(lists, scale=torch.tensor(0.25), skip=torch.tensor(False))
     run_step(expected, scale=0.25)
     assert same(lists, expected)
+
+
+def test_averages_without_memory_are_the_new_values():
+    lists = make_lists(FEW)
+    run_step(lists, beta1=0.0, momentum=0.0)
+    for gradient, exp_avg in zip(lists["gradients"], lists["exp_avgs"], strict=True):
+        assert torch.equal(exp_avg, 0.5 * gradient)
+    assert all(map(torch.equal, lists["ema_parameters"], lists["parameters"]))
 
 
 def test_a_nan_stays_in_its_place():
@@ -233,6 +251,9 @@ def test_warps_touch_whole_sectors():
     (result,) = run_step(lists, copies=copies[0], ema_copies=copies[1], profile=True)
     sectors = result.counters["global sectors, store"]
     assert sectors * 32 == result.counters["global bytes, store"] == 4096 * (4 * 4 + 2 * 2)
+    # Of vectors of 16 bytes, which are 8 of a copy.
+    requests = 4096 // (32 * 4)
+    assert result.counters["global requests, store"] == requests * (4 + 2)
     # Every warp also finds its chunk in the table: addresses, a size and a place.
     warps, numbers = 8, 12
     assert result.counters["global sectors, load"] <= 4096 * 5 * 4 // 32 + warps * numbers
