@@ -6,6 +6,7 @@ Every claim is made of each op; `ops` has how an op's functions are called and w
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -285,6 +286,47 @@ def test_scores_of_minus_infinity_have_no_weight(infinite_loss: bool):
     for name, *values in zip(("loss", "gradient"), out, low, truth, strict=True):
         assert_within_error_budget(
             values[0], low_precision=values[1], truth=values[2], name=f"cross_entropy.{name}"
+        )
+
+
+def test_large_teacher_scores_lose_no_digits():
+    # 1/0.06 has digits past 24 bits; without them the exponents here would be off by 6e-4.
+    teacher = randn(3, 64, seed=1, scale=0.01) + 1024
+    log_v = torch.full((3,), -1024 / 0.06)
+    with native_on_ptx.native_on_ptx():
+        loss = cross_entropy(
+            torch.zeros(3, 64),
+            teacher,
+            torch.zeros(64),
+            log_v,
+            teacher_rows=torch.arange(3),
+            student_temperature=0.1,
+            teacher_temperature=0.06,
+            backend="native",
+        )
+    targets = (teacher.double() / 0.06 + log_v.double().unsqueeze(1)).exp()
+    truth = targets.sum(dim=1) * math.log(64)
+    # Off by no more than rounding the truth is: the reference would be off by much more.
+    assert_within_error_budget(
+        loss, low_precision=truth.float(), truth=truth, name="cross_entropy.loss"
+    )
+
+
+def test_sums_over_scores_far_below_zero_and_of_minus_infinity_match_the_reference():
+    logits = randn(67, 300, scale=0.2) - 500
+    logits[:, 200] = -torch.inf
+    logits[:40, :140] = -torch.inf  # warps, and parts of columns, see nothing else
+
+    def run(logits: Tensor, backend: str) -> list[Tensor]:
+        with native_on_ptx.native_on_ptx():
+            vectors = sinkhorn(logits, temperature=0.1, num_iterations=1, backend=backend)
+            terms = torch.zeros(300, dtype=vectors[0].dtype)
+            return [*vectors, row_logsumexp(logits, terms, temperature=0.1, backend=backend)]
+
+    runs = run(logits, "native"), run(logits, "reference"), run(logits.double(), "reference")
+    for name, out, low, truth in zip(("log_u", "log_v", "rows"), *runs, strict=True):
+        assert_within_error_budget(
+            out, low_precision=low, truth=truth, name=f"sinkhorn.{name} of tiny scores"
         )
 
 

@@ -224,7 +224,6 @@ def test_norm_of_numbers_out_of_the_ordinary(value: float, norm: float):
     torch.testing.assert_close(out.item(), norm, rtol=1e-6, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.slow
 def test_norm_of_many_chunks(monkeypatch: pytest.MonkeyPatch):
     # More chunks than the CTA that adds them has threads: they are of four elements here.
     monkeypatch.setattr(_optimizer_cuda, "CHUNK", 4)

@@ -11,11 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops.gelu import gelu
+from dinov2_fast.ops.layer_norm import layer_norm, layer_norm_backward_, layer_norm_forward
+from dinov2_fast.ops.stochastic_depth import (
+    gather_rows,
+    gather_scaled,
+    scatter_add_scaled,
+    scatter_add_scaled_,
+)
+from dinov2_fast.ops.swiglu import swiglu
 from tests.cuda import native_on_ptx
 from tests.tolerance import assert_within_error_budget
-from tools.kernel_report.cases import Place, as_it_is
+from tools.kernel_report.cases import Place, as_it_is, normal
 from tools.kernel_report.row_cases import (
     STREAM_AND_BRANCH,
+    kept_rows,
     run_gelu,
     run_layer_norm,
     run_stochastic_depth,
@@ -120,6 +130,90 @@ def test_edges_of_aligned_and_unaligned_rows_match_the_reference(
     for storage, view in storages:
         view.fill_(float("nan"))
         assert storage.isnan().all()  # what lies between the rows was left alone
+
+
+def gradients_of(out: Tensor, **leaves: Tensor) -> Outputs:
+    """The output and the gradients of leaves, for one gradient of the output."""
+    found = torch.autograd.grad(out, list(leaves.values()), normal(*out.shape, seed=9).to(out))
+    return {"out": out.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def plain_layer_norm(dtype: torch.dtype, backend: str) -> Outputs:
+    """Gradients of an input, of all rows and of some; and of normalised rows, of all."""
+    x = (normal(ROWS, 72, scale=3.0) + 2).to(dtype).requires_grad_()
+    weight = (1 + normal(72, seed=1, scale=0.1)).to(dtype).requires_grad_()
+    bias = normal(72, seed=2, scale=0.1).to(dtype).requires_grad_()
+    outputs: Outputs = {}
+    for rows in (None, kept_rows(ROWS // 2)):
+        y = layer_norm(x, weight, bias, rows=rows, backend=backend)
+        found = gradients_of(y, x=x, weight=weight, bias=bias)
+        outputs |= {f"{name}, rows {rows}": tensor for name, tensor in found.items()}
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    dx, dy = (normal(ROWS, 72, seed=seed).to(dtype) for seed in (3, 4))
+    one, zero = torch.ones_like(weight), torch.zeros_like(bias)
+    normalised, rstd = layer_norm_forward(x, one, zero, eps=1e-6, backend=backend)
+    sums = layer_norm_backward_(
+        dx, dy, normalised, rstd, weight, bias, normalised=normalised, backend=backend
+    )
+    return outputs | {"normalised": normalised, "dx": dx, "dweight": sums[0], "dbias": sums[1]}
+
+
+def plain_stochastic_depth(dtype: torch.dtype, backend: str) -> Outputs:
+    """Gradients of a scaled branch; sums and copies of rows without what scales or chooses them."""
+    x, every = (normal(2 * ROWS, 72, seed=seed).to(dtype) for seed in (0, 1))
+    residual = normal(ROWS, 72, seed=2).to(dtype).requires_grad_()
+    gamma = normal(72, seed=3).to(dtype).requires_grad_()
+    scale, kept = 1 + normal(ROWS, seed=4).square(), kept_rows(ROWS)
+    out = scatter_add_scaled(x, residual, kept, scale, gamma, backend=backend)
+    outputs = gradients_of(out, residual=residual, gamma=gamma)
+    outputs["rows"] = gather_rows(x, kept, backend=backend)
+    outputs["g"], outputs["sums"] = gather_scaled(x, None, None, backend=backend)
+    outputs["x"] = x.clone()  # x itself may be what was gathered
+    scatter_add_scaled_(outputs["x"], every, None, None, None, backend=backend)
+    return outputs
+
+
+def plain_gelu(dtype: torch.dtype, backend: str) -> Outputs:
+    """A gradient that needs no activation and no sums; from where the density is 0 to past it."""
+    x = normal(ROWS, 72, scale=8.0).to(dtype)
+    x[0, :4] = torch.tensor([-1e30, 1e30, -20.0, 20.0])
+    x.requires_grad_()
+    return gradients_of(gelu(x, backend=backend), x=x)
+
+
+def plain_swiglu(dtype: torch.dtype, backend: str) -> Outputs:
+    """A gradient that needs no product and no sums; gates so far from 0 that exp would overflow."""
+    x12 = normal(ROWS, 144, scale=2.0).to(dtype)
+    x12[0, :4] = torch.tensor([-200.0, 200.0, -89.0, 89.0])
+    x12.requires_grad_()
+    return gradients_of(swiglu(x12, backend=backend), x12=x12)
+
+
+PLAIN = {
+    "layer_norm": plain_layer_norm,
+    "stochastic_depth": plain_stochastic_depth,
+    "gelu": plain_gelu,
+    "swiglu": plain_swiglu,
+}
+
+
+@pytest.mark.parametrize("op", PLAIN)
+def test_calls_that_leave_arguments_out_match_the_reference(op: str):
+    with native_on_ptx.native_on_ptx() as results:
+        out = PLAIN[op](torch.float32, "native")
+    assert results
+    low, truth = PLAIN[op](torch.float32, "reference"), PLAIN[op](torch.float64, "reference")
+    for name, tensor in out.items():
+        assert_within_error_budget(
+            tensor, low_precision=low[name], truth=truth[name], name=f"{op}.{name}"
+        )
+
+
+def test_rows_too_long_for_four_in_shared_memory_match_the_reference():
+    # Three CTAs' rows of which the last has two of its three.
+    sizes = 8, 4096
+    out, _ = execute("layer_norm", sizes, STREAM_AND_BRANCH[0])
+    assert_matches_reference("layer_norm", sizes, STREAM_AND_BRANCH[0], out)
 
 
 @pytest.mark.parametrize("op", OPS)
