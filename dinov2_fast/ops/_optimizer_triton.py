@@ -35,7 +35,8 @@ def norm(gradients: Sequence[Tensor]) -> Tensor:
             CHUNK=CHUNK,
             BLOCK=_BLOCK,
         )
-    return sums.sum(dtype=torch.float64).sqrt().float()
+    # The root last: a sum that overflows float32 must be inf, as each chunk's is.
+    return sums.sum(dtype=torch.float64).float().sqrt()
 
 
 def step(

@@ -282,6 +282,12 @@ def test_norm_is_summed_in_float32(dtype: torch.dtype, backend: str, device: str
     )
 
 
+def test_squares_that_overflow_only_together_make_the_norm_infinite(backend: str, device: str):
+    gradients = [torch.full((1,), 1.5e19, device=device) for _ in range(2)]
+    assert gradient_norm(gradients, backend=backend).isinf()
+    assert gradient_norm(gradients[:1], backend=backend).isfinite()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_norm_shows_non_finite_gradients(value: float, backend: str, device: str):
     gradients = make_lists(device=device)["gradients"]
