@@ -200,6 +200,12 @@ def test_edges_of_aligned_and_unaligned_rows_match_the_reference(
         assert storage.isnan().all()  # what lies between the rows was left alone
 
 
+def test_a_thread_that_adds_several_parts_of_a_column_matches_the_reference():
+    sizes = 289, 3  # ten parts, the last of one row, which eight rows of threads add
+    out, _ = execute("sinkhorn", sizes, TYPES[0])
+    assert_matches_reference("sinkhorn", sizes, TYPES[0], out)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_rows_match_the_reference(op: str):
     with native_on_ptx.native_on_ptx() as results:
