@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from dinov2_fast.drop_in import huggingface, official, timm
+from dinov2_fast.drop_in import huggingface, limits, official, timm
 from dinov2_fast.drop_in.fast_block import OPTIONS, FastBlock, fast_class
-from dinov2_fast.drop_in.half_block import MIN_TOKENS, DropPathMode, HalfBlock, Options, full_name
+from dinov2_fast.drop_in.half_block import DropPathMode, HalfBlock, Options, full_name
 from dinov2_fast.drop_in.report import Entry, Report
 from dinov2_fast.nn.branch_plan import RECOMPUTE_LEVELS, Recompute
 
@@ -61,7 +61,7 @@ def accelerate(
         )
     options = Options(drop_path=drop_path, recompute=recompute)
     entries: dict[str, list[Entry]] = {"replaced": [], "skipping": [], "left": []}
-    dropping = False
+    dropping, sizes = False, set[tuple[int, str, bool]]()
     for name, block, library in found:
         halves = _LIBRARIES[library].halves(block)
         reasons = [_why_left(block, half, library) for half in halves]
@@ -70,6 +70,9 @@ def accelerate(
             label = "attention" if half.kind == "attention" else "feed-forward"
             entries[kind].append(Entry(name or "model", label, reason))
             dropping |= half.drop_ratio > 0
+            if kind != "left":
+                weight = half.norm.weight
+                sizes.add((weight.shape[0], weight.device.type, kind == "replaced"))
         if not all(reasons):
             _exchange(block, _LIBRARIES[library], options)
     return Report(
@@ -77,7 +80,7 @@ def accelerate(
         replaced=tuple(entries["replaced"]),
         skipping=tuple(entries["skipping"]),
         left=tuple(entries["left"]),
-        notes=_notes(options, dropping=dropping),
+        notes=_notes(options, sizes, dropping=dropping),
     )
 
 
@@ -146,8 +149,13 @@ def _exchange(block: nn.Module, fast: type[FastBlock], options: Options) -> None
     setattr(block, OPTIONS, options)
 
 
-def _notes(options: Options, *, dropping: bool) -> tuple[str, ...]:
-    """What a user should know besides which blocks changed."""
+def _notes(
+    options: Options, sizes: set[tuple[int, str, bool]], *, dropping: bool
+) -> tuple[str, ...]:
+    """What a user should know besides which blocks changed.
+
+    `sizes` are channels, device and whether the halves of this kind can own their memory.
+    """
     notes: list[str] = []
     if dropping and options.drop_path == "subset":
         notes.append(
@@ -156,9 +164,9 @@ def _notes(options: Options, *, dropping: bool) -> tuple[str, ...]:
         )
     if dropping:
         notes.append("under torch.compile and torch.export blocks and drop path are the library's")
-    notes.append(
-        f"without gradients (inference) or with fewer than {MIN_TOKENS} tokens in a batch, halves "
-        "run by their library's modules, skipping dropped samples"
-    )
+    notes += [
+        limits.in_words(channels, device, owning=owning, dropping=dropping)
+        for channels, device, owning in sorted(sizes)
+    ]
     notes.append("second derivatives need restore(model)")
     return tuple(notes)

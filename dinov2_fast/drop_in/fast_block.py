@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dinov2_fast.drop_in import limits
 from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, Path, runs_plainly
 from dinov2_fast.packing import Pack, pack_tokens, unpack_tokens
 
@@ -39,17 +40,17 @@ class FastBlock(nn.Module):
             value is not None and value is not False for value in (*args, *options.values())
         ):
             return super().forward(x, *args, **options)
-        halves = type(self).halves(self)
         if isinstance(x, Tensor):
-            paths: tuple[Path, ...] = ()
-            if x.ndim == 3:
-                paths = (halves[0].path(x), halves[1].path(x))
-            if all(path == "library" for path in paths):
-                return super().forward(x, *args, **options)
-            pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
-            return self._run(halves, paths, x, pack).view(x.shape)
+            if x.ndim == 3 and self._may_pay(x):
+                halves, chosen = type(self).halves(self), getattr(self, OPTIONS)
+                paths: list[Path] = [half.path(x, chosen) for half in halves]
+                if any(path != "library" for path in paths):
+                    pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
+                    return self._run(halves, paths, x, pack).view(x.shape)
+            return super().forward(x, *args, **options)
         if self.takes_lists:
             tokens, pack = pack_tokens(x)
+            halves = type(self).halves(self)
             if not any(half.why_left() or half.why_not_owned(tokens) for half in halves):
                 return unpack_tokens(self._run(halves, ("owned", "owned"), tokens, pack), pack)
         return super().forward(x, *args, **options)
@@ -59,10 +60,17 @@ class FastBlock(nn.Module):
         """The attention half and the feed-forward half of a block, in the order they run."""
         raise NotImplementedError("a subclass, one for each library, describes its halves")
 
+    def _may_pay(self, x: Tensor) -> bool:
+        """Whether the halves need looking at for [B, N, C] tokens: costs nothing beside a block."""
+        size = (x.shape[0] * x.shape[1], x.shape[2])
+        return limits.limits_of(x).may_pay(*size, training=self.training)
+
     def _run(
         self, halves: tuple[HalfBlock, ...], paths: Sequence[Path], x: Tensor, pack: Pack
     ) -> Tensor:
-        tokens = cast(Tensor, Entrance.apply(x))
+        # Nodes that own their memory write to it; the others leave the block's input alone.
+        owned = "owned" in paths
+        tokens = cast(Tensor, Entrance.apply(x)) if owned else x.reshape(-1, x.shape[-1])
         for half, path in zip(halves, paths, strict=True):
             tokens = half.run(tokens, pack, x.shape, path, getattr(self, OPTIONS))
         return tokens

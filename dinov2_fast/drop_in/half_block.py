@@ -2,7 +2,8 @@
 
 A half is `x + drop_path(layer_scale(inner(norm(x))))`. It runs on one of three paths: as an
 autograd node that owns its memory; with its own modules on the samples that drop path keeps; or
-with its own modules as its library wrote it, whenever something in it is not what it seems.
+with its own modules as its library wrote it, whenever something in it is not what it seems or the
+batch is too small for anything else to pay.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import environment
 from dinov2_fast.backends import choose_backend
+from dinov2_fast.drop_in import limits
 from dinov2_fast.nn.branch_plan import BranchPlan, Recompute
 from dinov2_fast.nn.module_calls import compute_dtype, has_hooks
 from dinov2_fast.nn.residual_branch import AttentionBranch, FeedForwardBranch
@@ -24,11 +26,6 @@ from dinov2_fast.packing import Pack
 
 DropPathMode = Literal["subset", "masked"]
 Path = Literal["library", "skipping", "owned"]
-
-# On the CPU calls around the kernels, and passes over weights, cost more than a small batch saves.
-# 8 images of 224 px through ViT-S have 2056 tokens, and 3e8 tokens times channels squared.
-MIN_TOKENS = 2000
-MIN_WORK = 2e8
 
 Part = tuple[str, nn.Module, frozenset[str]]
 """Name, module and the full names of the types whose arithmetic is known."""
@@ -99,7 +96,7 @@ class HalfBlock:
         return self.difference
 
     def is_differentiated(self, x: Tensor) -> bool:
-        """Whether a backward pass may come; without one the library's modules are as fast."""
+        """Whether a backward pass may come."""
         if not torch.is_grad_enabled():
             return False
         modules = (self.norm, *self.first, self.second, self.layer_scale)
@@ -108,6 +105,14 @@ class HalfBlock:
     def drops(self) -> bool:
         """Whether samples are dropped: in training."""
         return self.drop_path.training and self.drop_ratio > 0
+
+    def dropped_ratio(self, batch_size: int, mode: DropPathMode) -> float:
+        """Share of a batch's samples that the half need not be computed for, on average."""
+        if not self.drops():
+            return 0.0
+        if mode == "masked":
+            return self.drop_ratio
+        return 1 - keep_count(batch_size, self.drop_ratio) / max(batch_size, 1)
 
     def why_not_owned(self, x: Tensor) -> str:
         """Why the half cannot be an autograd node that owns its memory, or "".
@@ -129,17 +134,21 @@ class HalfBlock:
                 return f"{op} has no kernel that is measured on {x.device.type}"
         return ""
 
-    def path(self, x: Tensor) -> Path:
+    def path(self, x: Tensor, options: Options) -> Path:
         """How the half runs on these tokens: see the head of this file.
 
         Args:
             x: [B, N, C] tokens.
+            options: of the model.
         """
         if self.why_left():
             return "library"
-        if is_large(x) and self.is_differentiated(x) and not self.why_not_owned(x):
+        least, size = limits.limits_of(x), (x.shape[0] * x.shape[1], x.shape[2])
+        wanted = least.without_gradients or self.is_differentiated(x)
+        if least.owned_pays(*size) and wanted and not self.why_not_owned(x):
             return "owned"
-        return "skipping" if self.drops() else "library"
+        dropped = self.dropped_ratio(x.shape[0], options.drop_path)
+        return "skipping" if least.skipping_pays(*size, dropped) else "library"
 
     def run(self, x: Tensor, pack: Pack, shape: torch.Size, path: Path, options: Options) -> Tensor:
         """Add the half to the stream.
@@ -248,12 +257,6 @@ def rows_of_factors(factors: Tensor, pack: Pack) -> KeptRows:
         row_scale=factors[kept].float().repeat_interleave(lengths),
         pack=Pack.from_lengths(lengths.tolist(), pack.device),
     )
-
-
-def is_large(x: Tensor) -> bool:
-    """Whether tokens [..., C] are worth nodes that own their memory."""
-    num_tokens = x.numel() // x.shape[-1]
-    return num_tokens >= MIN_TOKENS and num_tokens * x.shape[-1] ** 2 >= MIN_WORK
 
 
 def full_name(kind: type) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast.drop_in import half_block
+from dinov2_fast.drop_in import limits
 from dinov2_fast.ops.stochastic_depth import draw_kept_rows
 from dinov2_fast.packing import Pack
 from tests.drop_in import official_model
@@ -44,21 +45,20 @@ _OFFICIAL = {
     "official": official_model.Mlp,
     "official swiglu": official_model.SwiGLUFFNFused,
 }
-_SHIPPED = (half_block.MIN_TOKENS, half_block.MIN_WORK)
+_SHIPPED = limits.limits_of
+ANY_SIZE = limits.Limits(owned_tokens=0, owned_work=0, saved_work=-math.inf)
 KINDS = [*_TIMM, *_TRANSFORMERS, *_OFFICIAL]
 ONE_OF_EACH = ["timm dinov2", "hf dinov2", "official"]
 
 
 def own_memory_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small batches of a test take the path of large ones."""
-    monkeypatch.setattr(half_block, "MIN_TOKENS", 0)
-    monkeypatch.setattr(half_block, "MIN_WORK", 0)
+    monkeypatch.setattr(limits, "limits_of", lambda _: ANY_SIZE)
 
 
 def own_memory_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the size of a batch decide again."""
-    monkeypatch.setattr(half_block, "MIN_TOKENS", _SHIPPED[0])
-    monkeypatch.setattr(half_block, "MIN_WORK", _SHIPPED[1])
+    monkeypatch.setattr(limits, "limits_of", _SHIPPED)
 
 
 def make(kind: str, drop_ratio: float = 0.0, depth: int = DEPTH) -> nn.Module:
