@@ -1,8 +1,9 @@
 """ViTs of timm and transformers as they are and accelerated: training steps and inference.
 
 Drop path as the library means it: timm's ratio grows from 0 in the first block to the stated one in
-the last, that of transformers is the same in all. Rows also state the bytes kept for the backward
-pass.
+the last, that of transformers is the same in all. bfloat16 is the libraries' own way, autocast.
+Small cases show that no batch is slower than before. Rows also state the bytes kept for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from benchmarks.shapes import DROP_RATIO, FULL
 from dinov2_fast import accelerate
 from dinov2_fast.ops.stochastic_depth import keep_count
 
-PX, PATCH, WIDTH, HEADS = 224, 14, 384, 6  # ViT-S/14
-TOKENS = 1 + (PX // PATCH) ** 2
+PATCH, WIDTH, HEADS = 14, 384, 6  # ViT-S/14
 NUM_CLASSES = 10
 
-# (blocks, images)
+# (blocks, images, px)
 CASES = [
-    pytest.param((2, 4), id="2 blocks, 4 images"),
-    pytest.param((12, 8), id="ViT-S, 8 images", marks=FULL),
-    pytest.param((12, 1), id="ViT-S, 1 image", marks=FULL),
+    pytest.param((2, 4, 28), id="2 blocks, 4 images of 28 px"),  # a toy: 20 tokens
+    pytest.param((2, 8, 98), id="2 blocks, 8 images of 98 px"),  # below the limit of owned halves
+    pytest.param((2, 4, 224), id="2 blocks, 4 images", marks=FULL),
+    pytest.param((12, 8, 224), id="ViT-S, 8 images", marks=FULL),
+    pytest.param((12, 1, 224), id="ViT-S, 1 image", marks=FULL),
 ]
 
 pytestmark = [
@@ -39,21 +41,21 @@ pytestmark = [
 ]
 
 
-def timm_model(depth: int, drop_ratio: float) -> nn.Module:
+def timm_model(depth: int, px: int, drop_ratio: float) -> nn.Module:
     """Timm's DINOv2 ViT-S/14 with a head."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    options = {"img_size": PX, "depth": depth, "num_classes": NUM_CLASSES}
+    options = {"img_size": px, "depth": depth, "num_classes": NUM_CLASSES}
     return timm.create_model("vit_small_patch14_dinov2", drop_path_rate=drop_ratio, **options)
 
 
-def transformers_model(depth: int, drop_ratio: float) -> nn.Module:
+def transformers_model(depth: int, px: int, drop_ratio: float) -> nn.Module:
     """The same of transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.Dinov2Config(
         hidden_size=WIDTH,
         num_hidden_layers=depth,
         num_attention_heads=HEADS,
-        image_size=PX,
+        image_size=px,
         patch_size=PATCH,
         drop_path_rate=drop_ratio,
         num_labels=NUM_CLASSES,
@@ -61,66 +63,81 @@ def transformers_model(depth: int, drop_ratio: float) -> nn.Module:
     return transformers.Dinov2ForImageClassification(config)
 
 
-LIBRARIES: dict[str, Callable[[int, float], nn.Module]] = {
+LIBRARIES: dict[str, Callable[[int, int, float], nn.Module]] = {
     "timm": timm_model,
     "transformers": transformers_model,
 }
 
 
-def num_flops(depth: int, images: int, *, training: bool) -> int:
+def num_flops(depth: int, images: int, tokens: int, *, training: bool) -> int:
     """Products of all layers and attention of images that nothing drops."""
-    forward = images * TOKENS * depth * (2 * 12 * WIDTH**2 + 4 * TOKENS * WIDTH)
+    forward = images * tokens * depth * (2 * 12 * WIDTH**2 + 4 * tokens * WIDTH)
     return forward * (3 if training else 1)
 
 
-def step(model: nn.Module, optimizer: Any, x: Tensor, labels: Tensor) -> None:
-    """One step of a classification fine-tune."""
-    out: Any = model(x)
+def loss_of(model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of a classification fine-tune, under autocast unless in float32."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out: Any = model(x)
+        return nn.functional.cross_entropy(getattr(out, "logits", out), labels)
+
+
+def step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
+    """One step of training."""
     optimizer.zero_grad()
-    nn.functional.cross_entropy(getattr(out, "logits", out), labels).backward()
+    loss().backward()
     optimizer.step()
 
 
+@torch.inference_mode()
+def infer(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """One forward pass."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(x)
+
+
+@pytest.mark.parametrize("contender", ["original", "accelerated"])  # in turn, row by row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("mode", "drop_ratio"), [("training", 0.0), ("training", DROP_RATIO), ("inference", 0.0)]
 )
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("contender", ["original", "accelerated"])
 def test_accelerate(
     benchmark: Any,
     contender: str,
     library: str,
-    case: tuple[int, int],
+    case: tuple[int, int, int],
     mode: str,
     drop_ratio: float,
+    dtype: torch.dtype,
 ):
-    depth, images = case
+    depth, images, px = case
+    tokens = 1 + (px // PATCH) ** 2
     skip_unless_available("attention", "native", "cpu")
     torch.manual_seed(0)
-    model = LIBRARIES[library](depth, drop_ratio).train(mode == "training")
+    model = LIBRARIES[library](depth, px, drop_ratio).train(mode == "training")
     if contender == "accelerated":
         accelerate(model)
-    x, labels = torch.randn(images, 3, PX, PX), torch.arange(images) % NUM_CLASSES
+    x, labels = torch.randn(images, 3, px, px), torch.arange(images) % NUM_CLASSES
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    kept = 0
-    if mode == "training":
-        kept = saved_bytes(model, lambda: getattr(out := model(x), "logits", out))
-        run = functools.partial(step, model, optimizer, x, labels)
-    else:
-        run = torch.inference_mode()(functools.partial(model, x))
+    loss = functools.partial(loss_of, model, x, labels, dtype)
+    training = mode == "training"
+    kept = saved_bytes(model, loss) if training else 0
     parameters = sum(parameter.numel() for parameter in model.parameters())
     measure(
         benchmark,
-        run,
+        functools.partial(step, optimizer, loss)
+        if training
+        else functools.partial(infer, model, x, dtype),
         op="accelerate",
-        backend=f"{library} {contender}",
-        dtype=torch.float32,
-        shape=(depth, images, TOKENS, WIDTH),
-        mode=f"{mode}, drop path {drop_ratio:g}",
+        backend=contender,
+        dtype=dtype,
+        shape=(depth, images, tokens, WIDTH),
+        mode=f"{library} {mode}, drop path {drop_ratio:g}" if training else f"{library} {mode}",
         device="cpu",
         # weights, and in training their gradients and two moments, read and written
-        num_bytes=4 * (parameters * (9 if mode == "training" else 1) + x.numel()),
-        num_flops=num_flops(depth, images, training=mode == "training"),
+        num_bytes=4 * (parameters * (9 if training else 1) + x.numel()),
+        num_flops=num_flops(depth, images, tokens, training=training),
     )
     benchmark.extra_info.update(saved_bytes=kept, kept_samples=keep_count(images, drop_ratio))

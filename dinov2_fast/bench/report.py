@@ -10,7 +10,7 @@ from typing import Any
 from dinov2_fast.errors import UserError
 from dinov2_fast.report.plots import Bar, bar_chart
 
-_OUR_BACKENDS = ("native", "triton")
+_OUR_BACKENDS, _BASELINES = ("native", "triton", "accelerated"), ("reference", "original")
 _MODELS = {"vits14": "ViT-S", "vitb14": "ViT-B", "vitl14": "ViT-L", "vitg14": "ViT-g"}
 
 _SVG_STYLE = """<style>
@@ -195,25 +195,34 @@ def _op_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a shape, dtype and mode; medians in microseconds by backend."""
     backends = _distinct(row["backend"] for row in rows)
     header = ["shape", "dtype", "mode", *(f"{name}, us" for name in backends)]
-    header += ["reference / ours", "of copy bandwidth", "TFLOP/s"]
+    before = next((name for name in _BASELINES if name in backends), "reference")
+    header += [f"{before} / ours", f"kept, {before} / ours", "of copy bandwidth", "TFLOP/s"]
     cells: list[list[str]] = []
     for key in _distinct((str(r["shape"]), r["dtype"], r["mode"]) for r in rows):
         same = [r for r in rows if (str(r["shape"]), r["dtype"], r["mode"]) == key]
         by_backend = {row["backend"]: row for row in same}
         ours = [by_backend[name] for name in _OUR_BACKENDS if name in by_backend]
         best = min(ours, key=lambda row: row["median_us"]) if ours else None
-        ratio, share, speed = "", "", ""
+        baseline = by_backend.get(before)
+        ratio, kept, share, speed = "", "", "", ""
         if best is not None:
-            if "reference" in by_backend:
-                ratio = f"{by_backend['reference']['median_us'] / best['median_us']:.2f}"
+            if baseline is not None:
+                ratio = f"{baseline['median_us'] / best['median_us']:.2f}"
+                kept = _ratio_of_kept(baseline, best)
             share = f"{best['share_of_copy_bandwidth']:.0%}" if best.get("bytes") else ""
             speed = f"{best['tflop_s']:.3g}" if best.get("flops") else ""
         medians = [
             f"{by_backend[name]['median_us']:.0f}" if name in by_backend else ""
             for name in backends
         ]
-        cells.append([key[0].strip("[]"), *key[1:], *medians, ratio, share, speed])
+        cells.append([key[0].strip("[]"), *key[1:], *medians, ratio, kept, share, speed])
     return _table(header, cells)
+
+
+def _ratio_of_kept(baseline: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How many times as much a baseline keeps for the backward pass, where rows say it."""
+    kept = ours.get("saved_bytes")
+    return f"{baseline['saved_bytes'] / kept:.2f}" if kept else ""
 
 
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

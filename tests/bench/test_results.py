@@ -31,3 +31,17 @@ def test_every_row_says_what_it_was_measured_on():
     for row in rows():
         for key in ("hardware", "torch", "commit", "device", "dtype"):
             assert row[key], (key, row)
+
+
+def test_a_table_of_ops_compares_with_its_baseline():
+    shared = {"op": "accelerate", "dtype": "float32", "shape": [2, 4], "mode": "training"}
+    shared |= {"hardware": "CPU", "torch": "2", "threads": 1, "device": "cpu", "commit": "0"}
+    contenders = [
+        {"backend": "original", "median_us": 300.0, "saved_bytes": 50},
+        {"backend": "accelerated", "median_us": 200.0, "saved_bytes": 20},
+    ]
+
+    page = markdown([shared | each for each in contenders], pictures=[])
+
+    assert "| original / ours | kept, original / ours |" in page
+    assert "| 2, 4 | float32 | training | 300 | 200 | 1.50 | 2.50 |" in page
