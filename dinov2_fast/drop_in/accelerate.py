@@ -8,6 +8,7 @@ from dinov2_fast.drop_in import huggingface, limits, official, timm
 from dinov2_fast.drop_in.fast_block import OPTIONS, FastBlock, fast_class
 from dinov2_fast.drop_in.half_block import DropPathMode, HalfBlock, Options, full_name
 from dinov2_fast.drop_in.report import Entry, Report
+from dinov2_fast.nn.block import Block
 from dinov2_fast.nn.branch_plan import RECOMPUTE_LEVELS, Recompute
 
 _LIBRARIES = {
@@ -54,11 +55,7 @@ def accelerate(
         if (library := _library_of(block))
     ]
     if not found:
-        raise ValueError(
-            f"accelerate: expected a model with blocks of timm's VisionTransformer, transformers' "
-            f"Dinov2 models or DINOv2's code, got a {full_name(type(model))} without any; "
-            "build from dinov2_fast.nn instead"
-        )
+        raise ValueError(_why_nothing(model))
     options = Options(drop_path=drop_path, recompute=recompute)
     entries: dict[str, list[Entry]] = {"replaced": [], "skipping": [], "left": []}
     dropping, sizes = False, set[tuple[int, str, bool]]()
@@ -121,6 +118,28 @@ def _library_of(block: nn.Module) -> str:
     return "official DINOv2" if official.is_official_block(block, kind) and not ours else ""
 
 
+def _why_nothing(model: nn.Module) -> str:
+    """What to tell somebody whose model has no block that `accelerate` knows."""
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    known = timm.BLOCKS | huggingface.BLOCKS
+    for kind in kinds:
+        if issubclass(kind, Block):
+            return (
+                f"accelerate: expected another library's model, got a {full_name(type(model))}, "
+                "whose blocks are fast as they are"
+            )
+        if any(full_name(base) in known for base in kind.__mro__[1:]):
+            return (
+                f"accelerate: expected blocks as their library made them, got a {full_name(kind)}, "
+                "a subclass of one; accelerate before fully_shard"
+            )
+    return (
+        "accelerate: expected a model with blocks of timm's VisionTransformer, transformers' "
+        f"Dinov2 models or DINOv2's code, got a {full_name(type(model))} without any; "
+        "build from dinov2_fast.nn instead"
+    )
+
+
 def _is_accelerated(block: nn.Module) -> bool:
     """Whether a block's class is exactly one that `fast_class` made."""
     kind = type(block)
@@ -168,5 +187,6 @@ def _notes(
         limits.in_words(channels, device, owning=owning, dropping=dropping)
         for channels, device, owning in sorted(sizes)
     ]
-    notes.append("second derivatives need restore(model)")
+    if sizes:
+        notes.append("second derivatives and torch.jit.script need restore(model)")
     return tuple(notes)

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dinov2_fast import environment
 from dinov2_fast.backends import choose_backend
@@ -233,6 +234,7 @@ class Entrance(torch.autograd.Function):
         return tokens
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradient in the input's shape, as a tensor object of its own."""
         return grad.detach().reshape(ctx.shape)
