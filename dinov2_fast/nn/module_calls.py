@@ -27,6 +27,6 @@ def has_hooks(module: nn.Module) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype | None:
     """The type autocast asks activations to have; None is that of x."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if x.is_meta or not torch.is_autocast_enabled(device_type):  # which knows no meta device
         return None
     return torch.get_autocast_dtype(device_type)

@@ -111,6 +111,18 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
+def test_a_model_may_be_accelerated_before_its_parameters_have_memory():
+    model, x = make("timm dinov2"), images("timm dinov2")
+    empty = copy.deepcopy(model).to("meta")
+    accelerate(empty)
+
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+
+    assert_close(filled(x), model(x))
+    assert len(accelerate(filled).replaced) == 4
+
+
 def test_wrapped_blocks_and_our_own_models_get_a_way_out():
     model = make("timm plain")
     for block in model.blocks:
