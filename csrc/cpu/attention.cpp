@@ -56,11 +56,11 @@ Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
           round_up(rows, kTileRows)};
 }
 
-// Rows [count, D] as floats, zeros up to [rows, width].
+// Rows [count, D] times a factor as floats, zeros up to [rows, width].
 template <typename T>
 [[gnu::always_inline]] inline void unpack(const Heads& from, int64_t head, int64_t first,
-                                          int64_t count, int64_t head_dim, int64_t rows,
-                                          int64_t width, float* to) {
+                                          int64_t count, int64_t head_dim, float factor,
+                                          int64_t rows, int64_t width, float* to) {
   for (int64_t row = 0; row < rows; ++row) {
     float* __restrict out = to + row * width;
     if (row >= count) {
@@ -72,7 +72,7 @@ template <typename T>
                              head * from.head_stride;
 #pragma omp simd
     for (int64_t i = 0; i < head_dim; ++i)
-      out[i] = load(in[i]);
+      out[i] = load(in[i]) * factor;
     for (int64_t i = head_dim; i < width; ++i)
       out[i] = 0.0f;
   }
@@ -103,36 +103,35 @@ template <typename T, int kLanes>
 template <typename T>
 [[gnu::always_inline]] inline void pack(const float* from, int64_t width, const Heads& to,
                                         int64_t head, int64_t first, int64_t count,
-                                        int64_t head_dim) {
+                                        int64_t head_dim, float factor) {
   for (int64_t row = 0; row < count; ++row) {
     const float* __restrict in = from + row * width;
     T* __restrict out =
         static_cast<T*>(to.data) + (first + row) * to.row_stride + head * to.head_stride;
 #pragma omp simd
     for (int64_t i = 0; i < head_dim; ++i)
-      store(out[i], in[i]);
+      store(out[i], in[i] * factor);
   }
 }
 
-// Scores of one query to exp(score * scale - largest), in place, zeros beyond the keys.
-// Returns the sum; largest is that of the scaled scores.
+// Columns beyond the keys: their weights become 0, whatever lse is.
+[[gnu::always_inline]] inline void leave_out(float* scores, int64_t keys, int64_t columns) {
+  for (int64_t j = keys; j < columns; ++j)
+    scores[j] = -std::numeric_limits<float>::infinity();
+}
+
+// Scores of one query to exp(score - largest), in place. Returns the sum.
 template <int kLanes>
-[[gnu::always_inline]] inline float exponentials(float* scores, int64_t keys, int64_t columns,
-                                                 float scale, float& largest) {
+[[gnu::always_inline]] inline float exponentials(float* scores, int64_t columns, float& largest) {
   float best[kLanes], sums[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     best[lane] = -std::numeric_limits<float>::infinity();
     sums[lane] = 0.0f;
   }
-  for (int64_t j = keys; j < columns; ++j)
-    scores[j] = -std::numeric_limits<float>::infinity();
   for (int64_t j = 0; j < columns; j += kLanes) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float score = j + lane < keys ? scores[j + lane] * scale : scores[j + lane];
-      scores[j + lane] = score;
-      best[lane] = score > best[lane] ? score : best[lane];
-    }
+    for (int lane = 0; lane < kLanes; ++lane)
+      best[lane] = scores[j + lane] > best[lane] ? scores[j + lane] : best[lane];
   }
   largest = best[0];
   for (int lane = 1; lane < kLanes; ++lane)
@@ -140,7 +139,7 @@ template <int kLanes>
   for (int64_t j = 0; j < columns; j += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float e = j + lane < keys ? exp_nonpositive(scores[j + lane] - largest) : 0.0f;
+      const float e = exp_normal_or_zero(scores[j + lane] - largest);
       scores[j + lane] = e;
       sums[lane] += e;
     }
@@ -164,18 +163,19 @@ template <typename T, typename Isa> struct ForwardTask {
     float* outputs = queries + s.block_rows * s.width;
     float* scores = outputs + s.block_rows * s.width; // [block_rows, key_columns]
     unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
-    unpack<T>(p.v, head, first_key, s.keys, p.head_dim, s.key_rows, s.width, values);
+    unpack<T>(p.v, head, first_key, s.keys, p.head_dim, 1.0f, s.key_rows, s.width, values);
     for (int64_t begin = 0; begin < s.queries; begin += s.block_rows) {
       const int64_t count = std::min(s.block_rows, s.queries - begin);
       const int64_t rows = round_up(count, kTileRows);
-      unpack<T>(p.q, head, first_query + begin, count, p.head_dim, rows, s.width, queries);
+      unpack<T>(p.q, head, first_query + begin, count, p.head_dim, p.scale, rows, s.width, queries);
       multiply<Isa>({queries, s.width, 1}, {keys, 0, s.key_columns}, scores, s.key_columns, rows,
                     s.key_columns, p.head_dim, false);
       float* lse = p.lse + head * p.num_queries + first_query + begin;
       for (int64_t row = 0; row < count; ++row) {
         float largest;
         float* line = scores + row * s.key_columns;
-        const float sum = exponentials<Isa::kLanes>(line, s.keys, s.key_columns, p.scale, largest);
+        leave_out(line, s.keys, s.key_columns);
+        const float sum = exponentials<Isa::kLanes>(line, s.key_columns, largest);
         lse[row] = largest + std::log(sum);
         const float inverse = s.keys == 0 ? 0.0f : 1.0f / sum;
         // Normalised before the product: a value times a weight of at most 1 cannot overflow.
@@ -185,23 +185,22 @@ template <typename T, typename Isa> struct ForwardTask {
       }
       multiply<Isa>({scores, s.key_columns, 1}, {values, 0, s.width}, outputs, s.width, rows,
                     s.width, s.keys, false);
-      pack<T>(outputs, s.width, p.out, head, first_query + begin, count, p.head_dim);
+      pack<T>(outputs, s.width, p.out, head, first_query + begin, count, p.head_dim, 1.0f);
     }
   }
 };
 
-// Scores to weights exp(score * scale - lse), and d_weights to d_scores, in place.
+// Scores to weights exp(score - lse), and d_weights to d_scores, in place.
 template <int kLanes>
-[[gnu::always_inline]] inline void score_gradients(float* __restrict scores,
-                                                   float* __restrict gradients, int64_t keys,
-                                                   int64_t columns, float scale, float lse) {
+[[gnu::always_inline]] inline void
+score_gradients(float* __restrict scores, float* __restrict gradients, int64_t columns, float lse) {
   float sums[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
     sums[lane] = 0.0f;
   for (int64_t j = 0; j < columns; j += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float weight = j + lane < keys ? exp_nonpositive(scores[j + lane] * scale - lse) : 0.0f;
+      const float weight = exp_normal_or_zero(scores[j + lane] - lse);
       scores[j + lane] = weight;
       sums[lane] += weight * gradients[j + lane];
     }
@@ -211,7 +210,7 @@ template <int kLanes>
     mean += sums[lane];
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j)
-    gradients[j] = scores[j] * (gradients[j] - mean) * scale;
+    gradients[j] = scores[j] * (gradients[j] - mean);
 }
 
 template <typename T, typename Isa> struct BackwardTask {
@@ -235,32 +234,34 @@ template <typename T, typename Isa> struct BackwardTask {
                                   keys_across);
     unpack_across<T, Isa::kLanes>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns,
                                   values_across);
-    unpack<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_rows, s.width, keys);
+    unpack<T>(p.k, head, first_key, s.keys, p.head_dim, 1.0f, s.key_rows, s.width, keys);
     for (int64_t i = 0; i < 2 * s.key_rows * s.width; ++i)
       d_keys[i] = 0.0f; // and d_values
     for (int64_t begin = 0; begin < s.queries; begin += s.block_rows) {
       const int64_t count = std::min(s.block_rows, s.queries - begin);
       const int64_t rows = round_up(count, kTileRows), first = first_query + begin;
-      unpack<T>(p.q, head, first, count, p.head_dim, rows, s.width, queries);
-      unpack<T>(p.out, head, first, count, p.head_dim, rows, s.width, d_outputs);
+      unpack<T>(p.q, head, first, count, p.head_dim, p.scale, rows, s.width, queries);
+      unpack<T>(p.out, head, first, count, p.head_dim, 1.0f, rows, s.width, d_outputs);
       multiply<Isa>({queries, s.width, 1}, {keys_across, 0, s.key_columns}, scores, s.key_columns,
                     rows, s.key_columns, p.head_dim, false);
       multiply<Isa>({d_outputs, s.width, 1}, {values_across, 0, s.key_columns}, d_scores,
                     s.key_columns, rows, s.key_columns, p.head_dim, false);
       const float* lse = p.lse + head * p.num_queries + first;
-      for (int64_t row = 0; row < count; ++row)
-        score_gradients<Isa::kLanes>(scores + row * s.key_columns, d_scores + row * s.key_columns,
-                                     s.keys, s.key_columns, p.scale, lse[row]);
+      for (int64_t row = 0; row < count; ++row) {
+        float* line = scores + row * s.key_columns;
+        leave_out(line, s.keys, s.key_columns);
+        score_gradients<Isa::kLanes>(line, d_scores + row * s.key_columns, s.key_columns, lse[row]);
+      }
       multiply<Isa>({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows,
                     s.width, s.keys, false);
-      pack<T>(d_queries, s.width, p.d_q, head, first, count, p.head_dim);
+      pack<T>(d_queries, s.width, p.d_q, head, first, count, p.head_dim, p.scale);
       multiply<Isa>({d_scores, 1, s.key_columns}, {queries, 0, s.width}, d_keys, s.width,
                     s.key_rows, s.width, count, true);
       multiply<Isa>({scores, 1, s.key_columns}, {d_outputs, 0, s.width}, d_values, s.width,
                     s.key_rows, s.width, count, true);
     }
-    pack<T>(d_keys, s.width, p.d_k, head, first_key, s.keys, p.head_dim);
-    pack<T>(d_values, s.width, p.d_v, head, first_key, s.keys, p.head_dim);
+    pack<T>(d_keys, s.width, p.d_k, head, first_key, s.keys, p.head_dim, 1.0f);
+    pack<T>(d_values, s.width, p.d_v, head, first_key, s.keys, p.head_dim, 1.0f);
   }
 };
 
