@@ -16,7 +16,7 @@ PYBIND11_MODULE(_native, m) {
       [] {
         py::list names;
         for (dinov2_fast::Level level : dinov2_fast::available_levels())
-          names.append(dinov2_fast::kLevelNames[static_cast<int>(level)]);
+          names.append(dinov2_fast::name_of(level));
         return names;
       },
       "Instruction sets the CPU kernels can use on this processor, narrowest first.");

@@ -44,7 +44,7 @@ DISABLE_KERNELS = Variable(
 CPU_LEVEL = Variable(
     "DINOV2_FAST_CPU_LEVEL",
     "auto",
-    ("auto", "baseline", "avx2", "avx512"),
+    ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx"),
     "instruction set of the native CPU kernels; auto takes the widest this processor has",
     "ops",
 )
@@ -105,7 +105,7 @@ def disabled_kernels() -> frozenset[str]:
 
 
 def cpu_level() -> str:
-    """Instruction set for the native CPU kernels: auto, baseline, avx2 or avx512."""
+    """Instruction set for the native CPU kernels: one of the choices of `CPU_LEVEL`."""
     return value(CPU_LEVEL)
 
 

@@ -15,7 +15,7 @@ from tests.triton_interpreter import compute_as_a_gpu_does
 if environment.triton_interpreted():
     compute_as_a_gpu_does()
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture(scope="session", autouse=True)

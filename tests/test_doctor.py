@@ -166,7 +166,11 @@ def test_a_missing_extension_is_a_hint_and_a_broken_one_a_problem(
             "fast",
             "expected one of auto, reference, native, triton, flash_attn",
         ),
-        ("DINOV2_FAST_CPU_LEVEL", "sse9", "expected one of auto, baseline, avx2, avx512"),
+        (
+            "DINOV2_FAST_CPU_LEVEL",
+            "sse9",
+            "expected one of auto, baseline, avx2, avx512, avx512_bf16, amx",
+        ),
     ],
 )
 def test_environment_mistakes_are_problems(

@@ -236,7 +236,7 @@ void run(const P& p, int64_t ranges, int64_t width, int threads, Level level) {
 #if defined(__x86_64__)
   if (level == Level::avx2)
     body = rows_avx2<S, T, P>;
-  if (level == Level::avx512)
+  if (level >= Level::avx512)
     body = rows_avx512<S, T, P>;
 #else
   (void)level;

@@ -52,7 +52,7 @@ template <typename Kernel, typename P> auto at_level(Level level) {
 #if defined(__x86_64__)
   if (level == Level::avx2)
     run = run_avx2<Kernel, P>;
-  if (level == Level::avx512)
+  if (level >= Level::avx512)
     run = run_avx512<Kernel, P>;
 #else
   (void)level;

@@ -142,7 +142,7 @@ void run(const P& p, int64_t parts, int64_t width, int threads, Level level) {
 #if defined(__x86_64__)
   if (level == Level::avx2)
     body = part_avx2<T, P>;
-  if (level == Level::avx512)
+  if (level >= Level::avx512)
     body = part_avx512<T, P>;
 #else
   (void)level;
