@@ -245,7 +245,7 @@ def _torchvision_op_problem() -> str:
 
 
 def _extension_problems() -> list[str]:
-    """An extension that fails to load or belongs to another version of the package."""
+    """An extension that fails to load, is of another version, or computes wrongly here."""
     why_not = native.why_not()
     if why_not:
         return [] if "not built" in why_not else [f"extension: {why_not}"]
@@ -254,7 +254,10 @@ def _extension_problems() -> list[str]:
             f"extension: built from version {native.version()}, the package is "
             f"{dinov2_fast.__version__}; run `pip install .` again"
         ]
-    return []
+    return [
+        f"processor: products of bf16 matrices by {level} come out wrong, attention takes float's"
+        for level in native.wrong_bf16_products()
+    ]
 
 
 def _environment_problems() -> list[str]:

@@ -63,6 +63,12 @@ def cpu_levels() -> tuple[str, ...]:
     return () if loaded is None else tuple(loaded.cpu_levels())
 
 
+def wrong_bf16_products() -> tuple[str, ...]:
+    """Instruction sets of this processor whose products of bf16 matrices come out wrong."""
+    loaded = _load()[0]
+    return () if loaded is None else tuple(loaded.wrong_bf16_products_cpu())
+
+
 def why_not_for(op: str, device_type: str) -> str:
     """Empty when the extension has kernels of the op for the device type, else why not.
 

@@ -157,6 +157,15 @@ def test_a_missing_extension_is_a_hint_and_a_broken_one_a_problem(
     assert doctor._extension_problems() == ["extension: the extension failed to import: symbol"]
 
 
+def test_products_that_come_out_wrong_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, on_native: None
+):
+    monkeypatch.setattr(native, "wrong_bf16_products", lambda: ("amx",))
+    problems = doctor._extension_problems()
+    assert len(problems) == 1
+    assert "products of bf16 matrices by amx come out wrong" in problems[0]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [

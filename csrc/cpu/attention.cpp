@@ -2,41 +2,28 @@
 //
 // A task is one head of one sequence. Its keys and values are unpacked to float once, then blocks
 // of queries pass over them; scores live in the thread's scratch only. Tasks share nothing, so
-// results do not depend on the number of threads.
+// results do not depend on the number of threads. Where the processor multiplies bf16 matrices,
+// bf16 tensors go by the tasks of attention_bf16.hpp instead.
 #include "check.hpp"
+#include "cpu/attention_bf16.hpp"
+#include "cpu/attention_task.hpp"
 #include "cpu/attention_tiles.hpp"
+#include "cpu/bf16_products.hpp"
 #include "cpu/rows.hpp"
 #include "keywords.hpp"
 
+#include <pybind11/stl.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace dinov2_fast {
 namespace {
-
-// Scores of a block of queries should leave room in a core's second cache (1 to 2 MiB).
-constexpr int64_t kScoresPerBlock = 96 * 1024;
-
-struct Heads {
-  void* data; // [T, H, D]
-  int64_t row_stride;
-  int64_t head_stride;
-};
-
-struct Problem {
-  Heads q, k, v, out;           // out: of the forward pass; its gradient in the backward pass
-  Heads d_q, d_k, d_v;          // backward only
-  float* lse;                   // [H, Tq]
-  const int32_t* query_offsets; // [S + 1]
-  const int32_t* key_offsets;   // [S + 1]
-  float* scratch;               // threads * floats_per_thread
-  int64_t floats_per_thread, num_queries, heads, head_dim;
-  float scale;
-};
 
 struct Sizes {
   int64_t queries, keys, width;              // of one task; width is D in whole vectors
@@ -68,8 +55,7 @@ template <typename T>
         out[i] = 0.0f;
       continue;
     }
-    const T* __restrict in = static_cast<const T*>(from.data) + (first + row) * from.row_stride +
-                             head * from.head_stride;
+    const T* __restrict in = row_of<T>(from, head, first + row);
 #pragma omp simd
     for (int64_t i = 0; i < head_dim; ++i)
       out[i] = load(in[i]) * factor;
@@ -92,71 +78,18 @@ template <typename T, int kLanes>
           out[i * columns] = 0.0f;
         continue;
       }
-      const T* in = static_cast<const T*>(from.data) + (first + row) * from.row_stride +
-                    head * from.head_stride;
+      const T* in = row_of<T>(from, head, first + row);
       for (int64_t i = 0; i < head_dim; ++i)
         out[i * columns] = load(in[i]);
     }
   }
 }
 
-template <typename T>
-[[gnu::always_inline]] inline void pack(const float* from, int64_t width, const Heads& to,
-                                        int64_t head, int64_t first, int64_t count,
-                                        int64_t head_dim, float factor) {
-  for (int64_t row = 0; row < count; ++row) {
-    const float* __restrict in = from + row * width;
-    T* __restrict out =
-        static_cast<T*>(to.data) + (first + row) * to.row_stride + head * to.head_stride;
-#pragma omp simd
-    for (int64_t i = 0; i < head_dim; ++i)
-      store(out[i], in[i] * factor);
-  }
-}
-
-// Columns beyond the keys: their weights become 0, whatever lse is.
-[[gnu::always_inline]] inline void leave_out(float* scores, int64_t keys, int64_t columns) {
-  for (int64_t j = keys; j < columns; ++j)
-    scores[j] = -std::numeric_limits<float>::infinity();
-}
-
-// Scores of one query to exp(score - largest), in place. Returns the sum.
-template <int kLanes>
-[[gnu::always_inline]] inline float exponentials(float* scores, int64_t columns, float& largest) {
-  float best[kLanes], sums[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    best[lane] = -std::numeric_limits<float>::infinity();
-    sums[lane] = 0.0f;
-  }
-  for (int64_t j = 0; j < columns; j += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane)
-      best[lane] = scores[j + lane] > best[lane] ? scores[j + lane] : best[lane];
-  }
-  largest = best[0];
-  for (int lane = 1; lane < kLanes; ++lane)
-    largest = best[lane] > largest ? best[lane] : largest;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float e = exp_normal_or_zero(scores[j + lane] - largest);
-      scores[j + lane] = e;
-      sums[lane] += e;
-    }
-  }
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane)
-    sum += sums[lane];
-  return sum;
-}
-
 template <typename T, typename Isa> struct ForwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t) {
-    const int64_t sequence = task / p.heads, head = task % p.heads;
-    const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
-    const Sizes s = sizes_of(p.query_offsets[sequence + 1] - first_query,
-                             p.key_offsets[sequence + 1] - first_key, p.head_dim, Isa::kLanes);
+    const auto [head, first_query, num_queries, first_key, num_keys] = range_of(p, task);
+    const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
     float* keys = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values = keys + s.width * s.key_columns;         // [key_rows, width]
     float* queries = values + s.key_rows * s.width;         // [block_rows, width]
@@ -190,36 +123,11 @@ template <typename T, typename Isa> struct ForwardTask {
   }
 };
 
-// Scores to weights exp(score - lse), and d_weights to d_scores, in place.
-template <int kLanes>
-[[gnu::always_inline]] inline void
-score_gradients(float* __restrict scores, float* __restrict gradients, int64_t columns, float lse) {
-  float sums[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane)
-    sums[lane] = 0.0f;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float weight = exp_normal_or_zero(scores[j + lane] - lse);
-      scores[j + lane] = weight;
-      sums[lane] += weight * gradients[j + lane];
-    }
-  }
-  float mean = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane)
-    mean += sums[lane];
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j)
-    gradients[j] = scores[j] * (gradients[j] - mean);
-}
-
 template <typename T, typename Isa> struct BackwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t) {
-    const int64_t sequence = task / p.heads, head = task % p.heads;
-    const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
-    const Sizes s = sizes_of(p.query_offsets[sequence + 1] - first_query,
-                             p.key_offsets[sequence + 1] - first_key, p.head_dim, Isa::kLanes);
+    const auto [head, first_query, num_queries, first_key, num_keys] = range_of(p, task);
+    const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
     float* keys_across = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values_across = keys_across + s.width * s.key_columns;
     float* keys = values_across + s.width * s.key_columns; // [key_rows, width]
@@ -267,24 +175,80 @@ template <typename T, typename Isa> struct BackwardTask {
 
 struct Work {
   int64_t sequences, threads;
-  std::string dtype, level;
+  std::string dtype;
+  Level level;
+  Products products;
 };
+
+// Names that stand for a level's products computed by their definition, on any processor.
+Products defined_products(const std::string& level) {
+  return level == "defined_amx"           ? Products::defined_amx
+         : level == "defined_avx512_bf16" ? Products::defined_avx512_bf16
+                                          : Products::none;
+}
+
+Products products_of(Level level) {
+  return level == Level::amx           ? Products::amx
+         : level == Level::avx512_bf16 ? Products::avx512_bf16
+                                       : Products::none;
+}
+
+// Levels of this processor whose products come out wrong, by name; tried once.
+const std::vector<std::string>& wrong_products() {
+  static const std::vector<std::string> wrong = [] {
+    std::vector<std::string> names;
+    for (Level level : available_levels())
+      if (products_of(level) != Products::none && !products_agree(products_of(level)))
+        names.emplace_back(name_of(level));
+    return names;
+  }();
+  return wrong;
+}
+
+bool is_wrong(Level level) {
+  const auto& wrong = wrong_products();
+  return std::find(wrong.begin(), wrong.end(), name_of(level)) != wrong.end();
+}
+
+// What multiplies: bf16 tensors by products of their own type where the level has them. Needs the
+// GIL, since a processor whose products are wrong is warned about, once.
+Work choose_work(const char* op, const std::string& dtype, const std::string& name) {
+  const Products defined = defined_products(name);
+  if (dtype == "bfloat16" && defined != Products::none)
+    return {0, 0, dtype, available_levels().back(), defined};
+  const Level level = choose_level(op, name);
+  const Products products = dtype == "bfloat16" ? products_of(level) : Products::none;
+  if (products == Products::none || !is_wrong(level))
+    return {0, 0, dtype, level, products};
+  const std::string what = std::string("products of bf16 matrices by ") + name_of(level) +
+                           " come out wrong on this processor";
+  if (name != "auto")
+    refuse(op, what + "; use another DINOV2_FAST_CPU_LEVEL");
+  static bool warned = false;
+  const bool first = !warned;
+  warned = true;
+  if (first &&
+      PyErr_WarnEx(PyExc_RuntimeWarning, (what + ": attention computes in float").c_str(), 1) < 0)
+    throw py::error_already_set();
+  return {0, 0, dtype, level, Products::none};
+}
 
 // The task with tiles that fit each instruction set's registers.
 template <template <typename, typename> class Task, typename T> auto task_at(Level level) {
-  if (level == Level::avx512)
+  if (level >= Level::avx512)
     return at_level<Task<T, Avx512>, Problem>(level);
   if (level == Level::avx2)
     return at_level<Task<T, Avx2>, Problem>(level);
   return at_level<Task<T, Baseline>, Problem>(level);
 }
 
-template <template <typename, typename> class Task>
+template <template <typename, typename> class Task, typename Bf16Task>
 void launch(const char* op, const Problem& p, const Work& work) {
-  const Level level = choose_level(op, work.level);
   with_float_type(op, "q", work.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    auto* body = task_at<Task, T>(level);
+    auto* body = task_at<Task, T>(work.level);
+    if (p.multiply != nullptr)
+      body = at_level<Bf16Task, Problem>(work.level);
     parallel_tasks(work.sequences * p.heads, work.threads,
                    [&](int64_t task, int64_t thread) { body(p, task, thread, 0); });
   });
@@ -301,7 +265,8 @@ constexpr int kMostLanes = Avx512::kLanes;
 
 // Enough for every sequence of at most these lengths: a shorter one has larger blocks of queries,
 // but never more than kScoresPerBlock scores and a tile.
-int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, bool backward) {
+int64_t float_scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim,
+                             bool backward) {
   const Sizes s = sizes_of(max_queries, max_keys, head_dim, kMostLanes);
   const int64_t rows = round_up(std::max<int64_t>(max_queries, 1), kTileRows);
   const int64_t scores =
@@ -310,6 +275,13 @@ int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, 
   const int64_t floats = backward ? 2 * across + 3 * along + 3 * rows * s.width + 2 * scores
                                   : across + along + 2 * rows * s.width + scores;
   return round_up(floats, kMostLanes);
+}
+
+int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, bool backward,
+                       const std::string& dtype, const std::string& level) {
+  const Work work = choose_work("attention_scratch_floats_cpu", dtype, level);
+  return (work.products == Products::none ? float_scratch_floats : pair_scratch_floats)(
+      max_queries, max_keys, head_dim, backward);
 }
 
 // What both directions take.
@@ -329,10 +301,12 @@ Problem problem_of(const py::kwargs& a) {
 }
 
 // Reads how to run, checks, lets go of the GIL and runs.
-template <template <typename, typename> class Task>
-void start(const char* op, const Problem& p, const py::kwargs& a) {
-  const Work work{keyword<int64_t>(a, "sequences"), keyword<int64_t>(a, "threads"),
-                  keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level")};
+template <template <typename, typename> class Task, typename Bf16Task>
+void start(const char* op, Problem p, const py::kwargs& a) {
+  Work work = choose_work(op, keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level"));
+  work.sequences = keyword<int64_t>(a, "sequences");
+  work.threads = keyword<int64_t>(a, "threads");
+  p.multiply = multiply_on(work.products);
   require_not_negative(op, "sequences", work.sequences);
   require_not_negative(op, "num_queries", p.num_queries);
   require_not_negative(op, "heads", p.heads);
@@ -342,20 +316,20 @@ void start(const char* op, const Problem& p, const py::kwargs& a) {
   require_pointer(op, "key_offsets", p.key_offsets);
   require_pointer(op, "scratch", p.scratch);
   const py::gil_scoped_release released;
-  launch<Task>(op, p, work);
+  launch<Task, Bf16Task>(op, p, work);
 }
 
 void attention_forward(const py::kwargs& a) {
   Problem p = problem_of(a);
   p.out = heads_of(a, "out");
-  start<ForwardTask>("attention_forward_cpu", p, a);
+  start<ForwardTask, Bf16Forward>("attention_forward_cpu", p, a);
 }
 
 void attention_backward(const py::kwargs& a) {
   Problem p = problem_of(a);
   p.out = heads_of(a, "d_out");
   p.d_q = heads_of(a, "d_q"), p.d_k = heads_of(a, "d_k"), p.d_v = heads_of(a, "d_v");
-  start<BackwardTask>("attention_backward_cpu", p, a);
+  start<BackwardTask, Bf16Backward>("attention_backward_cpu", p, a);
 }
 
 } // namespace
@@ -365,7 +339,15 @@ void bind_attention_cpu(py::module_& m) {
   using namespace dinov2_fast;
   m.def("attention_scratch_floats_cpu", &scratch_floats,
         "Floats of scratch that one thread needs for sequences of at most these lengths.",
-        py::arg("max_queries"), py::arg("max_keys"), py::arg("head_dim"), py::arg("backward"));
+        py::arg("max_queries"), py::arg("max_keys"), py::arg("head_dim"), py::arg("backward"),
+        py::arg("dtype"), py::arg("level"));
+  m.def("wrong_bf16_products_cpu", &wrong_products,
+        "Instruction sets of this processor whose products of bf16 matrices come out wrong.");
+  m.def(
+      "defined_bf16_products_agree_cpu",
+      [](const std::string& level) { return products_agree(defined_products(level)); },
+      "Whether a level's products, computed by their definition, are the products of matrices.",
+      py::arg("level"));
   m.def("attention_forward_cpu", &attention_forward,
         "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; "
         "query_offsets and key_offsets [S + 1] int32; scratch; sizes; by keyword.");

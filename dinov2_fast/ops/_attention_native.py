@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_fast import native
+from dinov2_fast import environment, native
 from dinov2_fast.ops._native_cpu import Argument, dtype_name, run_cpu
 
 
@@ -70,7 +70,12 @@ def _arguments(
     num_queries, heads, head_dim = q.shape
     longest = [int(o.diff().max()) if sequences else 0 for o in (q_offsets, k_offsets)]
     floats = native.module().attention_scratch_floats_cpu(
-        max_queries=longest[0], max_keys=longest[1], head_dim=head_dim, backward=backward
+        max_queries=longest[0],
+        max_keys=longest[1],
+        head_dim=head_dim,
+        backward=backward,
+        dtype=dtype_name(q),
+        level=environment.cpu_level(),
     )
     return {
         "q": _view(q),

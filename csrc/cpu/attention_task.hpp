@@ -1,0 +1,123 @@
+// What attention's kernels share, whatever multiplies: their tasks, and the softmax of one query.
+#pragma once
+
+#include "cpu/bf16_products.hpp"
+#include "cpu/scalar_math.hpp"
+
+#include <cstdint>
+#include <limits>
+
+namespace dinov2_fast {
+
+// Scores of a block of queries should leave room in a core's second cache (1 to 2 MiB).
+constexpr int64_t kScoresPerBlock = 96 * 1024;
+
+struct Heads {
+  void* data; // [T, H, D]
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+template <typename T>
+[[gnu::always_inline]] inline T* row_of(const Heads& heads, int64_t head, int64_t row) {
+  return static_cast<T*>(heads.data) + row * heads.row_stride + head * heads.head_stride;
+}
+
+struct Problem {
+  Heads q, k, v, out;           // out: of the forward pass; its gradient in the backward pass
+  Heads d_q, d_k, d_v;          // backward only
+  float* lse;                   // [H, Tq]
+  const int32_t* query_offsets; // [S + 1]
+  const int32_t* key_offsets;   // [S + 1]
+  float* scratch;               // threads * floats_per_thread
+  int64_t floats_per_thread, num_queries, heads, head_dim;
+  float scale;
+  MultiplyFunction multiply; // of bf16 matrices; null where products are float
+};
+
+// A task is one head of one sequence.
+struct TaskRange {
+  int64_t head, first_query, num_queries, first_key, num_keys;
+};
+
+inline TaskRange range_of(const Problem& p, int64_t task) {
+  const int64_t sequence = task / p.heads;
+  const int64_t first_query = p.query_offsets[sequence], first_key = p.key_offsets[sequence];
+  return {task % p.heads, first_query, p.query_offsets[sequence + 1] - first_query, first_key,
+          p.key_offsets[sequence + 1] - first_key};
+}
+
+// Rows [count, width] of floats times a factor to a head's [count, D].
+template <typename T>
+[[gnu::always_inline]] inline void pack(const float* from, int64_t width, const Heads& to,
+                                        int64_t head, int64_t first, int64_t count,
+                                        int64_t head_dim, float factor) {
+  for (int64_t row = 0; row < count; ++row) {
+    const float* __restrict in = from + row * width;
+    T* __restrict out = row_of<T>(to, head, first + row);
+#pragma omp simd
+    for (int64_t i = 0; i < head_dim; ++i)
+      store(out[i], in[i] * factor);
+  }
+}
+
+// Columns beyond the keys: their weights become 0, whatever lse is.
+[[gnu::always_inline]] inline void leave_out(float* scores, int64_t keys, int64_t columns) {
+  for (int64_t j = keys; j < columns; ++j)
+    scores[j] = -std::numeric_limits<float>::infinity();
+}
+
+// Scores of one query to exp(score - largest), in place. Returns the sum.
+template <int kLanes>
+[[gnu::always_inline]] inline float exponentials(float* scores, int64_t columns, float& largest) {
+  float best[kLanes], sums[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    best[lane] = -std::numeric_limits<float>::infinity();
+    sums[lane] = 0.0f;
+  }
+  for (int64_t j = 0; j < columns; j += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane)
+      best[lane] = scores[j + lane] > best[lane] ? scores[j + lane] : best[lane];
+  }
+  largest = best[0];
+  for (int lane = 1; lane < kLanes; ++lane)
+    largest = best[lane] > largest ? best[lane] : largest;
+  for (int64_t j = 0; j < columns; j += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float e = exp_normal_or_zero(scores[j + lane] - largest);
+      scores[j + lane] = e;
+      sums[lane] += e;
+    }
+  }
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane)
+    sum += sums[lane];
+  return sum;
+}
+
+// Scores to weights exp(score - lse), and d_weights to d_scores, in place.
+template <int kLanes>
+[[gnu::always_inline]] inline void
+score_gradients(float* __restrict scores, float* __restrict gradients, int64_t columns, float lse) {
+  float sums[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    sums[lane] = 0.0f;
+  for (int64_t j = 0; j < columns; j += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float weight = exp_normal_or_zero(scores[j + lane] - lse);
+      scores[j + lane] = weight;
+      sums[lane] += weight * gradients[j + lane];
+    }
+  }
+  float mean = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane)
+    mean += sums[lane];
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j)
+    gradients[j] = scores[j] * (gradients[j] - mean);
+}
+
+} // namespace dinov2_fast
