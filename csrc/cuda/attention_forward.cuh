@@ -5,6 +5,8 @@
 
 #include "cuda/attention_tiles.cuh"
 
+#include <cfloat>
+
 namespace dinov2_fast {
 namespace {
 
@@ -15,13 +17,16 @@ template <int kMmas> struct Running {
   float highest[kMmas][2], total[kMmas][2];
 };
 
+// Where every score is -inf so far, subtracting -inf would make NaN of weights that are 0.
+constexpr float kLowest = -FLT_MAX;
+
 template <int kMmas> __device__ inline void start(Running<kMmas>& r) {
   clear(r.values);
 #pragma unroll
   for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      r.highest[m][half] = -INFINITY;
+      r.highest[m][half] = kLowest;
       r.total[m][half] = 0.0f;
     }
 }
@@ -34,91 +39,91 @@ template <typename Combine> __device__ inline float over_row(float x, const Comb
 
 // Raises the maxima to those of a tile, of which each lane has that of its columns, and rescales
 // what was summed under the old ones. Only a row that grows by more than kGrowth is raised: a
-// weight is 2^kGrowth at most then, and in most tiles no row of a warp is rescaled. What to
-// subtract from the tile's scores is in `base`.
+// weight is 2^kGrowth at most then. In most tiles no lane has a score that large, and nobody asks
+// for the maxima of rows.
 template <int kMmas>
-__device__ inline void raise(Running<kMmas>& r, const float (&largest)[kMmas][2], float scale,
-                             float (&base)[kMmas][2]) {
+__device__ inline void raise(Running<kMmas>& r, const float (&largest)[kMmas][2], float scale) {
   constexpr float kGrowth = 8.0f;
-  float rescale[kMmas][2];
-  bool any = false;
+  float growth = -INFINITY;
 #pragma unroll
   for (int m = 0; m < kMmas; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float tile =
-          over_row(largest[m][half], [](float a, float b) { return fmaxf(a, b); }) * scale;
-      const float before = r.highest[m][half];
-      const float highest = tile > before + kGrowth ? tile : before;
-      // Where every score is -inf so far, subtracting -inf would make NaN of weights that are 0.
-      base[m][half] = highest == -INFINITY ? 0.0f : highest;
-      // And there is nothing to rescale.
-      rescale[m][half] = before == -INFINITY ? 1.0f : exp2_approximate(before - highest);
-      r.highest[m][half] = highest;
-      any |= highest > before && before != -INFINITY;
-    }
-  if (!__any_sync(0xffffffffu, any))
+    for (int half = 0; half < 2; ++half)
+      growth = fmaxf(growth, fmaf(largest[m][half], scale, -r.highest[m][half]));
+  if (!__any_sync(0xffffffffu, growth > kGrowth))
     return;
 #pragma unroll
   for (int m = 0; m < kMmas; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      r.total[m][half] *= rescale[m][half];
+      const float before = r.highest[m][half];
+      const float row = over_row(largest[m][half], [](float a, float b) { return fmaxf(a, b); });
+      const float highest = fmaf(row, scale, -before) > kGrowth ? row * scale : before;
+      const float rescale = exp2_approximate(before - highest);
+      r.highest[m][half] = highest;
+      r.total[m][half] *= rescale;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        r.values[m][n][2 * half] *= rescale[m][half];
-        r.values[m][n][2 * half + 1] *= rescale[m][half];
+        r.values[m][n][2 * half] *= rescale;
+        r.values[m][n][2 * half + 1] *= rescale;
       }
     }
 }
 
-// A tile of `num_keys` keys, at most so many steps: all their scores first, then their weights and
-// values.
-template <typename T, int kMaxSteps, int kMmas>
+// A tile of `num_keys` keys: all their scores first, then their weights and values. The keys fill
+// kMaxSteps steps if kFull, else they may be fewer.
+template <typename T, int kMaxSteps, bool kFull, int kMmas>
 __device__ inline void attend(Running<kMmas>& r, const uint32_t (&queries)[kMmas][4][4],
                               uint32_t keys, uint32_t values, int num_keys, float scale) {
-  const int steps = (num_keys + kStep - 1) / kStep;
   const uint32_t across = keys + across_offset(), along = values + along_offset();
+  const auto exists = [&](int step) { return kFull || step * kStep < num_keys; };
   ScoresOf<kMmas> scores[kMaxSteps];
-#pragma unroll
-  for (int j = 0; j < kMaxSteps; ++j)
-    if (j < steps) {
-      multiply_across<T>(scores[j], queries, across + j * kStepBytes);
-      if (num_keys < (j + 1) * kStep)
-        mask(scores[j], num_keys - j * kStep, -INFINITY);
-    }
-  float base[kMmas][2], largest[kMmas][2];
+  float largest[kMmas][2];
 #pragma unroll
   for (int m = 0; m < kMmas; ++m)
+    largest[m][0] = largest[m][1] = -INFINITY;
+  unroll<kMaxSteps>([&](auto j) {
+    if (!exists(j))
+      return;
+    multiply_across<T, j * kStepBytes>(scores[j], queries, across);
+    if (!kFull && num_keys < (j + 1) * kStep)
+      mask(scores[j], num_keys - j * kStep, -INFINITY);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      largest[m][half] = -INFINITY;
+    for (int m = 0; m < kMmas; ++m)
 #pragma unroll
-      for (int j = 0; j < kMaxSteps; ++j)
-        if (j < steps)
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
-            largest[m][half] = fmaxf(
-                largest[m][half], fmaxf(scores[j][m][n][2 * half], scores[j][m][n][2 * half + 1]));
-    }
-  raise(r, largest, scale, base);
+        for (int i = 0; i < 4; ++i)
+          largest[m][i / 2] = fmaxf(largest[m][i / 2], scores[j][m][n][i]);
+  });
+  raise(r, largest, scale);
+  unroll<kMaxSteps>([&](auto j) {
+    if (!exists(j))
+      return;
 #pragma unroll
-  for (int j = 0; j < kMaxSteps; ++j)
-    if (j < steps) {
+    for (int m = 0; m < kMmas; ++m)
 #pragma unroll
-      for (int m = 0; m < kMmas; ++m)
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float weight = exp2_approximate(fmaf(scores[j][m][n][i], scale, -base[m][i / 2]));
-            r.total[m][i / 2] += weight;
-            scores[j][m][n][i] = weight;
-          }
-      WeightsOf<kMmas> weights;
-      round_weights<T>(weights, scores[j]);
-      multiply_along<T>(r.values, weights, along + j * kStepBytes);
-    }
+        for (int i = 0; i < 4; ++i) {
+          float& weight = scores[j][m][n][i];
+          weight = exp2_approximate(fmaf(weight, scale, -r.highest[m][i / 2]));
+          r.total[m][i / 2] += weight;
+        }
+    WeightsOf<kMmas> weights;
+    round_weights<T>(weights, scores[j]);
+    multiply_along<T, j * kStepBytes>(r.values, weights, along);
+  });
+}
+
+// A tile of keys, most of which are full.
+template <typename T>
+__device__ inline void attend_tile(Running<2>& r, const Rows& queries, uint32_t keys,
+                                   uint32_t values, int num_keys, float scale) {
+  if (num_keys == kColumns)
+    attend<T, kSteps, true>(r, queries, keys, values, num_keys, scale);
+  else
+    attend<T, kSteps, false>(r, queries, keys, values, num_keys, scale);
 }
 
 // Normalises and writes a warp's rows; a query without keys has the output 0 and lse = -inf.
@@ -175,7 +180,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_forward_kernel(const 
                                            p.q.row_stride, min(kRows, place.queries - first));
   const auto columns =
       columns_of<T>(p.k, p.v, place.first_key, place.keys, place, query_rows + kRows * kRowBytes);
-  const auto copy = [&](int tile) { columns.template copy<kThreads>(tile); };
+  const auto copy = [&](int tile) {
+    if (columns.count_of(tile) == kColumns)
+      columns.template copy_full<kThreads>(tile);
+    else
+      columns.template copy<kThreads>(tile);
+  };
   copy(0);
 
   const int warp_row = threadIdx.x / kWarp * kWarpRows;
@@ -193,8 +203,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_forward_kernel(const 
   for_each_tile(columns.num_tiles(), copy, prepare, [&](int tile) {
     const uint32_t keys = columns.place(tile);
     if (active)
-      attend<T, kSteps>(running, queries, keys, keys + kTileBytes, columns.count_of(tile),
-                        fabsf(p.scale_log2));
+      attend_tile<T>(running, queries, keys, keys + kTileBytes, columns.count_of(tile),
+                     fabsf(p.scale_log2));
   });
   if (active)
     finish<T>(p, place, first + warp_row, running, shared + warp_row * kRowBytes);

@@ -64,7 +64,7 @@ __device__ inline void attend_left(Running<kMmas>& r, const uint32_t (&queries)[
   const uint32_t offset = kOwnedRows * kRowBytes + chunk_offset(lane % 8, lane / 8);
   float scores[kMmas][4] = {};
   multiply_eight<T>(scores, queries, keys + offset);
-  float base[kMmas][2], largest[kMmas][2];
+  float largest[kMmas][2];
 #pragma unroll
   for (int m = 0; m < kMmas; ++m)
 #pragma unroll
@@ -75,7 +75,7 @@ __device__ inline void attend_left(Running<kMmas>& r, const uint32_t (&queries)[
           scores[m][2 * half + i] = -INFINITY;
       largest[m][half] = fmaxf(scores[m][2 * half], scores[m][2 * half + 1]);
     }
-  raise(r, largest, scale, base);
+  raise(r, largest, scale);
   WeightsOf<kMmas> weights;
 #pragma unroll
   for (int m = 0; m < kMmas; ++m)
@@ -84,7 +84,7 @@ __device__ inline void attend_left(Running<kMmas>& r, const uint32_t (&queries)[
       float* weight = scores[m] + 2 * half;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        weight[i] = exp2_approximate(fmaf(weight[i], scale, -base[m][half]));
+        weight[i] = exp2_approximate(fmaf(weight[i], scale, -r.highest[m][half]));
         r.total[m][half] += weight[i];
       }
       weights[m][half] = pack<T>(weight[0], weight[1]);
@@ -139,8 +139,9 @@ __device__ inline void attend_left_queries(const Params& p, const Place& place, 
     attend_left<T>(r, rows, keys, values, place.keys - kOwnedRows, scale);
   const int first = warp * kWarpRows;
   if (first < place.keys)
-    attend<T, kWarpRows / kStep>(r, rows, keys + first * kRowBytes, values + first * kRowBytes,
-                                 min(kWarpRows, place.keys - first), scale);
+    attend<T, kWarpRows / kStep, false>(r, rows, keys + first * kRowBytes,
+                                        values + first * kRowBytes,
+                                        min(kWarpRows, place.keys - first), scale);
   const float total = over_row(r.total[0][0], [](float a, float b) { return a + b; });
   const int channel = (lane % 4 < 2 ? 0 : kPartHalf) + lane % 2 * 2;
   const uint32_t sums = part + (lane / 4 * kPartRow + channel) * kFloatBytes;
@@ -159,17 +160,16 @@ __device__ inline void merge_left_queries(const Params& p, const Place& place, c
   const int query = kOwnedRows + row;
   if (row >= kLeftRows || query >= place.queries)
     return;
-  float highest = -INFINITY;
+  float highest = kLowest;
 #pragma unroll
   for (int warp = 0; warp < kLeftWarps; ++warp)
     highest = fmaxf(highest, parts[warp * kPartStride + kPartSums + 2 * row]);
-  const float base = highest == -INFINITY ? 0.0f : highest;
   float total = 0.0f, values[8] = {};
 #pragma unroll
   for (int warp = 0; warp < kLeftWarps; ++warp) {
     const float* part = parts + warp * kPartStride;
     const float2 sum = reinterpret_cast<const float2*>(part + kPartSums)[row];
-    const float factor = exp2_approximate(sum.x - base);
+    const float factor = exp2_approximate(sum.x - highest);
     total = fmaf(sum.y, factor, total);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kLeftWarps* kWarp, 1)
   for (int tile = 0;;) {
     const int first = tile * kColumns;
     if (active)
-      attend<T, kSteps>(running, queries, keys + first * kRowBytes, values + first * kRowBytes,
-                        min(kColumns, owned_keys - first), scale);
+      attend_tile<T>(running, queries, keys + first * kRowBytes, values + first * kRowBytes,
+                     min(kColumns, owned_keys - first), scale);
     if (++tile * kColumns >= owned_keys)
       break;
     wait_for_tile(tile);

@@ -56,6 +56,14 @@ __device__ inline Place place_of(const Params& p) {
           p.query_offsets[sequence + 1] - query, p.key_offsets[sequence + 1] - key};
 }
 
+// body(0), body(1), ... with numbers that are types: constants to the compiler.
+template <int kEnd, int kBegin = 0, typename Body> __device__ inline void unroll(const Body& body) {
+  if constexpr (kBegin < kEnd) {
+    body(std::integral_constant<int, kBegin>{});
+    unroll<kEnd, kBegin + 1>(body);
+  }
+}
+
 template <typename T>
 __device__ inline T* rows_of(const Heads& heads, int64_t first, const Place& place) {
   return static_cast<T*>(heads.data) + first * heads.row_stride + place.head * heads.head_stride;
@@ -79,6 +87,20 @@ __device__ inline void copy_rows(uint32_t tile, const T* from, int64_t row_strid
   }
 }
 
+// The same of rows that all exist, with constant distances in the tile.
+template <typename T, int kRows, int kThreads>
+__device__ inline void copy_full_rows(uint32_t tile, const T* from, int64_t row_stride) {
+  constexpr int kRowsAtOnce = kThreads / kRowChunks;
+  static_assert(kRowsAtOnce % kRowChunks == 0, "chunks of a thread's rows are exchanged alike");
+  const int chunk = threadIdx.x % kRowChunks, first = threadIdx.x / kRowChunks;
+  tile += chunk_offset(first, chunk);
+  from += first * row_stride + chunk * (kHeadDim / kRowChunks);
+  unroll<kRows / kRowsAtOnce>([&](auto i) {
+    copy_chunk_async<i * kRowsAtOnce * kRowBytes>(tile, from);
+    from += kRowsAtOnce * row_stride;
+  });
+}
+
 // A tile of columns of two tensors, one after the other; tiles take turns in two places.
 template <typename T> struct Columns {
   const T *a, *b; // the sequence's first row
@@ -98,6 +120,14 @@ template <typename T> struct Columns {
     copy_rows<T, kColumns, kThreads, kWhole>(place(tile) + kTileBytes, b + begin * b_row_stride,
                                              b_row_stride, count_of(tile));
   }
+
+  // A tile of which all columns exist.
+  template <int kThreads> __device__ void copy_full(int tile) const {
+    const int64_t begin = static_cast<int64_t>(tile) * kColumns;
+    copy_full_rows<T, kColumns, kThreads>(place(tile), a + begin * a_row_stride, a_row_stride);
+    copy_full_rows<T, kColumns, kThreads>(place(tile) + kTileBytes, b + begin * b_row_stride,
+                                          b_row_stride);
+  }
 };
 
 template <typename T>
@@ -112,23 +142,23 @@ __device__ inline Columns<T> columns_of(const Heads& a, const Heads& b, int64_t 
 }
 
 // One tile after another, while the next is copied; the first was begun before. `prepare` runs when
-// it and all that was copied with it has arrived.
+// it and all that was copied with it has arrived. The loop begins with a wait, if an idle one at
+// first: ended by one, it would stand twice in machine code.
 template <typename Copy, typename Prepare, typename Use>
 __device__ inline void for_each_tile(int num_tiles, const Copy& copy, const Prepare& prepare,
                                      const Use& use) {
   wait_for_copies();
   __syncthreads();
   prepare();
-  for (int tile = 0;; ++tile) {
-    const bool last = tile + 1 >= num_tiles;
-    if (!last)
+  int tile = 0;
+#pragma unroll 1
+  do {
+    wait_for_copies();
+    __syncthreads(); // this tile is here, and nobody reads the one before any more
+    if (tile + 1 < num_tiles)
       copy(tile + 1);
     use(tile);
-    if (last)
-      return;
-    wait_for_copies();
-    __syncthreads(); // the next tile is here, and nobody reads this one any more
-  }
+  } while (++tile < num_tiles);
 }
 
 constexpr int columns_bytes(bool one_tile) { return (one_tile ? 1 : 2) * 2 * kTileBytes; }
@@ -163,25 +193,22 @@ __device__ inline void load_rows(Rows& rows, uint32_t tile, uint32_t along) {
 template <int kMmas> using ScoresOf = float[kMmas][2][4];
 using Scores = ScoresOf<2>;
 
-template <typename T, int kMmas>
+template <typename T, int kOffset = 0, int kMmas>
 __device__ inline void multiply_across(float (&scores)[kMmas][2][4],
                                        const uint32_t (&rows)[kMmas][4][4], uint32_t step_address) {
-#pragma unroll
-  for (int m = 0; m < kMmas; ++m)
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        scores[m][n][i] = 0.0f;
+  constexpr float kZeros[4] = {};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     uint32_t columns[4];
-    load_matrices(columns, step_address ^ (k * kMatrixBytes));
+    load_matrices<kOffset>(columns, step_address ^ (k * kMatrixBytes));
 #pragma unroll
-    for (int m = 0; m < kMmas; ++m) {
-      multiply<T>(scores[m][0], rows[m][k], columns[0], columns[1]);
-      multiply<T>(scores[m][1], rows[m][k], columns[2], columns[3]);
-    }
+    for (int m = 0; m < kMmas; ++m)
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float (&sums)[4] = scores[m][n];
+        const float (&before)[4] = k == 0 ? kZeros : static_cast<const float (&)[4]>(sums);
+        multiply<T>(sums, rows[m][k], columns[2 * n], columns[2 * n + 1], before);
+      }
   }
 }
 
@@ -214,13 +241,13 @@ __device__ inline void round_weights(uint32_t (&to)[kMmas][4], const float (&fro
       to[m][i] = pack<T>(from[m][i / 2][i % 2 * 2], from[m][i / 2][i % 2 * 2 + 1]);
 }
 
-template <typename T, int kMmas>
+template <typename T, int kOffset = 0, int kMmas>
 __device__ inline void multiply_along(float (&sums)[kMmas][8][4],
                                       const uint32_t (&weights)[kMmas][4], uint32_t step_address) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     uint32_t columns[4];
-    load_matrices_transposed(columns, step_address ^ (n * kMatrixBytes));
+    load_matrices_transposed<kOffset>(columns, step_address ^ (n * kMatrixBytes));
 #pragma unroll
     for (int m = 0; m < kMmas; ++m) {
       multiply<T>(sums[m][2 * n], weights[m], columns[0], columns[1]);
