@@ -80,9 +80,9 @@ cudaError_t launch_forward(const Params& p, const Run& run, cudaStream_t stream)
     return launch_blocks<attention_forward_kernel<T, kShortWarps>, kShortWarps>(
         p, run, run.max_queries, forward_shared_bytes<kShortWarps>(one_tile), stream);
   // Two CTAs would read all keys and values twice.
-  constexpr int kRows = kResidentRows<kLeftWarps>;
+  constexpr int kRows = kSequenceRows;
   if (run.max_queries > kLongWarps * kWarpRows && run.max_queries <= kRows && run.max_keys <= kRows)
-    return launch_blocks<attention_forward_resident_kernel<T>, kLeftWarps>(
+    return launch_blocks<attention_forward_resident_kernel<T>, kForwardWarps>(
         p, run, 1, kForwardResidentBytes, stream);
   return launch_blocks<attention_forward_kernel<T, kLongWarps>, kLongWarps>(
       p, run, run.max_queries, forward_shared_bytes<kLongWarps>(one_tile), stream);

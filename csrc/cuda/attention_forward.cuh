@@ -127,7 +127,7 @@ __device__ inline void attend_tile(Running<2>& r, const Rows& queries, uint32_t 
 }
 
 // Normalises and writes a warp's rows; a query without keys has the output 0 and lse = -inf.
-template <typename T>
+template <typename T, int kStagedMmas = 2>
 __device__ inline void finish(const Params& p, const Place& place, int first, Running<2>& r,
                               unsigned char* staging) {
   const int lane = threadIdx.x % kWarp, count = place.queries - first;
@@ -148,7 +148,7 @@ __device__ inline void finish(const Params& p, const Place& place, int first, Ru
         lse[row] = (r.highest[m][half] + log2_approximate(total)) * kLn2;
     }
   T* out = rows_of<T>(p.out, place.first_query + first, place);
-  store_rows(out, p.out.row_stride, count, r.values, 1.0f, staging);
+  store_rows<T, kStagedMmas>(out, p.out.row_stride, count, r.values, 1.0f, staging);
 }
 
 // Softmax of negated scores runs on their maximum too: the sign of the scale moves to the queries.

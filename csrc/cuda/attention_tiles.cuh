@@ -267,29 +267,35 @@ template <int kMmas> __device__ inline void clear(float (&sums)[kMmas][8][4]) {
 }
 
 // Writes a warp's 32 rows times a factor by way of shared memory that no other warp uses, and that
-// no lane reads any more: the global stores are whole 16-byte vectors.
-template <typename T>
+// no lane reads any more: the global stores are whole 16-byte vectors. There is space for so many
+// products of 16 rows at once.
+template <typename T, int kMmas = 2>
 __device__ inline void store_rows(T* to, int64_t row_stride, int count, const Sums& sums,
                                   float factor, unsigned char* staging) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, chunk = lane % kRowChunks;
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int begin = 0; begin < 2; begin += kMmas) {
+    if (begin > 0)
+      __syncwarp(); // what was staged has been read
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m * kMmaRows + half * 8 + lane / 4;
+    for (int m = 0; m < kMmas; ++m)
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
-        *reinterpret_cast<uint32_t*>(staging + chunk_offset(row, n) + lane % 4 * 4) =
-            pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
+      for (int half = 0; half < 2; ++half) {
+        const float (&from)[8][4] = sums[begin + m];
+        const int row = m * kMmaRows + half * 8 + lane / 4;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+          *reinterpret_cast<uint32_t*>(staging + chunk_offset(row, n) + lane % 4 * 4) =
+              pack<T>(from[n][2 * half] * factor, from[n][2 * half + 1] * factor);
+      }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kMmas * kMmaRows / 4; ++i) {
+      const int staged = i * 4 + lane / kRowChunks, row = begin * kMmaRows + staged;
+      const uint4 bits = *reinterpret_cast<const uint4*>(staging + chunk_offset(staged, chunk));
+      if (row < count)
+        __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
     }
-  __syncwarp();
-  const int chunk = lane % kRowChunks;
-#pragma unroll
-  for (int i = 0; i < kWarpRows / 4; ++i) {
-    const int row = i * 4 + lane / kRowChunks;
-    const uint4 bits = *reinterpret_cast<const uint4*>(staging + chunk_offset(row, chunk));
-    if (row < count)
-      __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
   }
 }
 

@@ -97,6 +97,12 @@ __device__ inline void store_shared(uint32_t address, uint32_t bits) {
 }
 
 // Left to itself the compiler takes some vectors apart.
+__device__ inline void store_shared(uint32_t address, const uint4& bits) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(bits.x),
+               "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+
 __device__ inline void store_shared(uint32_t address, float2 two) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(two.x), "f"(two.y)
                : "memory");
