@@ -12,95 +12,10 @@
 // Source: Dao, "FlashAttention-2", 2023, section 3.1.2.
 #pragma once
 
-#include "cuda/attention_backward.cuh"
-#include "cuda/attention_resident.cuh"
+#include "cuda/attention_resident_queries.cuh"
 
 namespace dinov2_fast {
 namespace {
-
-constexpr int kQueries = 64; // of a tile
-constexpr int kQueryTile = kQueries * kRowBytes;
-constexpr int kBlockBytes = kWarpRows * kMatrixBytes; // 32 rows of 16 channels
-static_assert(kLeftWarps * 8 == kQueries, "a warp has the scores of keys left and 8 queries");
-static_assert(kTileColumns == kQueries, "tiles are square");
-
-// Where things lie in shared memory, in bytes. The gradients of scores are a tile whose rows are
-// keys and whose columns are queries.
-template <int kWarps> struct Layout {
-  static constexpr int kKeys = kWarps * kWarpRows;
-  static constexpr int kRows = kResidentRows<kWarps>;
-  static constexpr bool kOneTile = kRows <= kQueries; // of queries, of which there are no more
-  static constexpr int kValues = kRows * kRowBytes;
-  static constexpr int kTiles = 2 * kValues;
-  static constexpr int kTilePlace = 3 * kQueryTile; // queries, d_out, out
-  // Nobody reads the output any more when the gradients come.
-  static constexpr int kScores = kTiles + (kOneTile ? 2 * kQueryTile : 2 * kTilePlace);
-  static constexpr int kLeftScores = kScores + kKeys * kRowBytes;
-  static constexpr int kLeftWeights = kLeftScores + kLeftRows * kRowBytes;
-  static constexpr int kSums = kLeftScores + (kHasLeft<kWarps> ? 2 * kLeftRows * kRowBytes : 0);
-  static constexpr int kLse = kSums + 2 * kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kStaging = kLse + kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kPlace = kStaging + 2 * kTileColumns / kMmaRows * kBlockBytes;
-  static constexpr int kBytes = kPlace + static_cast<int>(sizeof(Place));
-
-  static __device__ int tile(int number) {
-    return kTiles + (kOneTile ? 0 : number % 2 * kTilePlace);
-  }
-};
-
-// Queries of a tile, up to whole steps.
-__device__ inline int steps_of(const Place& place, int tile) {
-  return (min(kQueries, place.queries - tile * kQueries) + kStep - 1) / kStep;
-}
-
-// Copies a tile of queries. A thread copies a chunk of a row of each kind, and the thread of a
-// row's first chunk lse: what a thread copied it can read without a barrier. A query that does not
-// exist is the last once more: its scores are numbers if those are, where 0 times a key may be NaN.
-template <typename T, int kWarps>
-__device__ inline void copy_queries(const Params& p, const Place& place, int tile,
-                                    uint32_t shared) {
-  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
-  using L = Layout<kWarps>;
-  const int thread = hidden_thread();
-  const int chunk = thread % kRowChunks, element = chunk * (kHeadDim / kRowChunks);
-  const int end = steps_of(place, tile) * kStep;
-  for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
-    const int number = tile * kQueries + row;
-    const bool exists = number < place.queries;
-    const int64_t query = place.first_query + min(number, place.queries - 1);
-    const uint32_t to = shared + L::tile(tile) + chunk_offset(row, chunk);
-    copy_chunk_async(to, rows_of<T>(p.q, query, place) + element, true);
-    copy_chunk_async(to + kQueryTile, rows_of<T>(p.d_out, query, place) + element, exists);
-    copy_chunk_async(to + 2 * kQueryTile, rows_of<T>(p.out, query, place) + element, exists);
-    if (chunk == 0)
-      copy_float_async(shared + L::kLse + row * sizeof(float),
-                       p.lse + place.head * p.num_queries + query, exists);
-  }
-}
-
-// (lse in units of exp2, delta) of a tile's rows, from what this thread has copied. The weights of
-// a query that does not exist are exp2(-inf).
-template <typename T, int kWarps>
-__device__ inline void sum_queries(const Place& place, int tile, unsigned char* shared) {
-  constexpr int kRowsAtOnce = kWarps * kWarp / kRowChunks;
-  using L = Layout<kWarps>;
-  const int thread = hidden_thread(), chunk = thread % kRowChunks;
-  const int end = steps_of(place, tile) * kStep;
-  for (int row = thread / kRowChunks; row < end; row += kRowsAtOnce) {
-    const uint32_t from =
-        shared_address(shared) + L::tile(tile) + kQueryTile + chunk_offset(row, chunk);
-    float delta = dot<T>(load_shared(from), load_shared(from + kQueryTile));
-#pragma unroll
-    for (int distance = 1; distance < kRowChunks; distance *= 2)
-      delta += __shfl_xor_sync(0xffffffffu, delta, distance);
-    if (chunk == 0) {
-      const float lse = reinterpret_cast<const float*>(shared + L::kLse)[row];
-      auto* sums = reinterpret_cast<float*>(shared + L::kSums);
-      sums[row] = tile * kQueries + row < place.queries ? lse * kLog2E : INFINITY;
-      sums[kQueries + row] = delta;
-    }
-  }
-}
 
 // Of a warp's 32 keys: left operands, and sums over queries.
 struct Owned {
@@ -398,9 +313,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
                          here.keys);
     copy_span<T, kWarps>(base + L::kValues, rows_of<T>(p.v, here.first_key, here), p.v.row_stride,
                          0, end, here.keys);
-    copy_queries<T, kWarps>(p, here, 0, base);
-    wait_for_copies();
-    sum_queries<T, kWarps>(here, 0, shared);
+    if constexpr (L::kOneTile) {
+      copy_and_sum_queries<T, kWarps>(p, here, shared);
+    } else {
+      copy_queries<T, kWarps>(p, here, 0, base);
+      wait_for_copies();
+      sum_queries<T, kWarps>(here, 0, shared);
+    }
   }
   __syncthreads();
 

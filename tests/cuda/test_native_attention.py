@@ -254,7 +254,7 @@ def test_products_are_those_of_the_padded_tiles():
 # counts of all instructions, in PTX, which only a change of the kernel moves, or of nvcc.
 @pytest.mark.parametrize(
     ("length", "rows", "columns", "left", "instructions"),
-    [(257, 256, 272, 2 * 8 + 8 + 8, 85_580), (256, 256, 256, 0, 70_700), (50, 64, 64, 0, 9_096)],
+    [(257, 256, 272, 2 * 8 + 8 + 8, 85_580), (256, 256, 256, 0, 70_700), (50, 64, 64, 0, 9_269)],
 )
 def test_one_kernel_of_short_sequences_does_no_more_than_it_must(
     length: int, rows: int, columns: int, left: int, instructions: int
