@@ -161,6 +161,19 @@ def test_a_non_finite_sequence_leaves_the_others_bit_equal(products, poisoned: i
                 assert torch.equal(one[others], before[others])
 
 
+def test_an_infinite_value_is_as_in_the_reference(products):
+    # The last of an odd number of tokens has no neighbour: its pair must hold 0, not itself again,
+    # which a weight of 0 would make NaN.
+    pack = Pack.from_lengths([17])
+    q, k, v = (x.clone() for x in make_qkv(pack, head_dim=64, dtype=torch.bfloat16))
+    v[16, :, 3] = torch.inf
+    out, _ = attention_forward(q, k, v, pack, scale=SCALE, backend="native")
+    expected, _ = attention_forward(q, k, v, pack, scale=SCALE, backend="reference")
+    assert expected.isposinf().any()
+    assert torch.equal(out.isposinf(), expected.isposinf())
+    assert not out.isnan().any()
+
+
 def test_threads_change_no_bit(products):
     pack = Pack.from_groups([(3, 65), (5, 17)])
     q, k, v = make_qkv(pack, num_heads=3, head_dim=64, dtype=torch.bfloat16)
