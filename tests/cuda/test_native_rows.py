@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops import _native_cuda
 from dinov2_fast.ops.gelu import gelu
 from dinov2_fast.ops.layer_norm import layer_norm, layer_norm_backward_, layer_norm_forward
 from dinov2_fast.ops.stochastic_depth import (
@@ -214,6 +215,17 @@ def test_rows_too_long_for_four_in_shared_memory_match_the_reference():
     sizes = 8, 4096
     out, _ = execute("layer_norm", sizes, STREAM_AND_BRANCH[0])
     assert_matches_reference("layer_norm", sizes, STREAM_AND_BRANCH[0], out)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sums_over_several_rows_of_a_thread_match_the_reference(
+    op: str, monkeypatch: pytest.MonkeyPatch
+):
+    # On a GPU more rows than CTAs have tiles take matrices too large to be executed here.
+    monkeypatch.setattr(_native_cuda, "_TILE_CTAS", 1)
+    sizes = 19, 24  # three rows for some threads of a tile, two for the others
+    out, _ = execute(op, sizes, STREAM_AND_BRANCH[4])
+    assert_matches_reference(op, sizes, STREAM_AND_BRANCH[4], out)
 
 
 @pytest.mark.parametrize("op", OPS)
