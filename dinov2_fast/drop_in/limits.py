@@ -56,9 +56,9 @@ class Limits:
 COPIES = 16
 
 # One thread of an AMD EPYC (Zen 1, AVX2), blocks of 128 to 768 channels, forward and backward,
-# library over ours. At 1028 tokens of 384 channels owned halves reach 0.98 to 1.00 without drop
-# path, at 400 tokens 0.96, at 100 tokens 0.86. Skipping: 1.07 to 1.5 where it saves 2e6 to 3e6,
-# 0.73 to 1.1 where it saves less than 1e6.
+# library over ours. Owned halves without drop path: 0.98 to 1.02 from 2000 tokens and 2e8 on; 0.97
+# to 0.98 at 1028 tokens of 384 channels (1.5e8), 0.93 of 128 (1.7e7); 0.96 at 400 tokens, 0.86 at
+# 100. Skipping: 1.03 to 1.5 where it saves 2e6 to 3e6, 0.73 to 1.1 where it saves less than 1e6.
 FLOAT32 = Limits(owned_tokens=2000, owned_work=2e8, saved_work=2e6)
 
 # The library's blocks take 5 to 8 times as long there as in float32, and owned halves compute their
