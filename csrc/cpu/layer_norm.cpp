@@ -4,6 +4,7 @@
 #include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -202,9 +203,23 @@ void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t
   });
 }
 
-void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t shift, uintptr_t inverse,
-                         uintptr_t mean, uintptr_t rstd, uintptr_t weight, uintptr_t source_rows,
-                         uintptr_t dx_rows, uintptr_t dx, uintptr_t partials, uintptr_t sums,
+// Sizes of the backward's scratch [2 + blocks, 2, C]: shift and inverse, the sums, those of blocks.
+float* scratch_part(uintptr_t scratch, int64_t part, int64_t channels) {
+  return reinterpret_cast<float*>(scratch) + part * 2 * channels;
+}
+
+// Of an output: bias and 1 / weight; without a bias, what changes nothing.
+void fill_shift_and_inverse(const float* weight, const float* bias, int64_t channels,
+                            float* vectors) {
+  for (int64_t i = 0; i < channels; ++i) {
+    vectors[i] = bias == nullptr ? 0.0f : bias[i];
+    vectors[channels + i] = bias == nullptr ? 1.0f : 1.0f / weight[i];
+  }
+}
+
+void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t bias, uintptr_t mean,
+                         uintptr_t rstd, uintptr_t weight, uintptr_t source_rows, uintptr_t dx_rows,
+                         uintptr_t dx, uintptr_t scratch, uintptr_t dweight, uintptr_t dbias,
                          int64_t num_source_rows, int64_t num_dx_rows, int64_t num_rows,
                          int64_t channels, int64_t block_rows, int64_t dy_row_stride,
                          int64_t source_row_stride, int64_t dx_row_stride, bool add,
@@ -213,15 +228,15 @@ void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t shift, uintpt
                          const char* op) {
   const Backward p{reinterpret_cast<const void*>(dy),
                    reinterpret_cast<const void*>(source),
-                   reinterpret_cast<const float*>(shift),
-                   reinterpret_cast<const float*>(inverse),
+                   scratch_part(scratch, 0, channels),
+                   scratch_part(scratch, 0, channels) + channels,
                    reinterpret_cast<const float*>(mean),
                    reinterpret_cast<const float*>(rstd),
                    reinterpret_cast<const float*>(weight),
                    reinterpret_cast<const int64_t*>(source_rows),
                    reinterpret_cast<const int64_t*>(dx_rows),
                    reinterpret_cast<void*>(dx),
-                   reinterpret_cast<float*>(partials),
+                   scratch_part(scratch, 2, channels),
                    channels,
                    dy_row_stride,
                    source_row_stride,
@@ -233,12 +248,13 @@ void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t shift, uintpt
   require_matrix(op, "dy", p.dy, num_rows, channels, dy_row_stride, false);
   require_matrix(op, "source", p.source, num_source_rows, channels, source_row_stride, false);
   require_matrix(op, "dx", p.dx, num_dx_rows, channels, dx_row_stride, true);
-  require_vector(op, "shift", p.shift, channels);
-  require_vector(op, "inverse", p.inverse, channels);
   require_vector(op, "weight", p.weight, channels);
   require_vector(op, "rstd", p.rstd, num_rows);
-  require_vector(op, "partials", p.partials, num_rows);
-  require_vector(op, "sums", reinterpret_cast<const void*>(sums), channels);
+  require_vector(op, "scratch", reinterpret_cast<const void*>(scratch), channels);
+  require_vector(op, "dweight", reinterpret_cast<const void*>(dweight), channels);
+  require_vector(op, "dbias", reinterpret_cast<const void*>(dbias), channels);
+  fill_shift_and_inverse(p.weight, reinterpret_cast<const float*>(bias), channels,
+                         scratch_part(scratch, 0, channels));
   const Level level = choose_level(op, level_name);
   with_float_type(op, "dx", dx_dtype, [&](auto dx_type) {
     with_float_type(op, "dy", dy_dtype, [&](auto dy_type) {
@@ -253,8 +269,10 @@ void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t shift, uintpt
       });
     });
   });
-  add_partials(p.partials, blocks_of(num_rows, block_rows), 2 * channels,
-               reinterpret_cast<float*>(sums), threads);
+  float* sums = scratch_part(scratch, 1, channels);
+  add_partials(p.partials, blocks_of(num_rows, block_rows), 2 * channels, sums, threads);
+  std::copy_n(sums, channels, reinterpret_cast<float*>(dweight));
+  std::copy_n(sums + channels, channels, reinterpret_cast<float*>(dbias));
 }
 
 } // namespace
@@ -271,12 +289,12 @@ void bind_layer_norm_cpu(py::module_& m) {
         py::arg("x_dtype"), py::arg("y_dtype"), py::arg("threads"), py::arg("level"),
         py::arg("op") = "layer_norm_forward_cpu", py::call_guard<py::gil_scoped_release>());
   m.def("layer_norm_backward_cpu", &layer_norm_backward,
-        "dy [R, C], source with shift and inverse [C] (or mean and rstd [R]) -> dx, overwritten or "
-        "added to, and sums [2, C] for weight and bias over partials [blocks, 2, C]; pointers, "
-        "sizes and row strides in elements.",
-        py::arg("dy"), py::arg("source"), py::arg("shift"), py::arg("inverse"), py::arg("mean"),
-        py::arg("rstd"), py::arg("weight"), py::arg("source_rows"), py::arg("dx_rows"),
-        py::arg("dx"), py::arg("partials"), py::arg("sums"), py::arg("num_source_rows"),
+        "dy [R, C], source (an output with bias [C], an input with mean [R], or normalised) -> dx, "
+        "overwritten or added to, dweight and dbias [C] float32, over scratch [2 + blocks, 2, C]; "
+        "pointers, sizes and row strides in elements.",
+        py::arg("dy"), py::arg("source"), py::arg("bias"), py::arg("mean"), py::arg("rstd"),
+        py::arg("weight"), py::arg("source_rows"), py::arg("dx_rows"), py::arg("dx"),
+        py::arg("scratch"), py::arg("dweight"), py::arg("dbias"), py::arg("num_source_rows"),
         py::arg("num_dx_rows"), py::arg("num_rows"), py::arg("channels"), py::arg("block_rows"),
         py::arg("dy_row_stride"), py::arg("source_row_stride"), py::arg("dx_row_stride"),
         py::arg("add"), py::arg("dy_dtype"), py::arg("source_dtype"), py::arg("dx_dtype"),

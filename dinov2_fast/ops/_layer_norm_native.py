@@ -12,7 +12,6 @@ from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
     Argument,
     dtype_name,
-    new_partials,
     on_cuda,
     refuse_pair,
 )
@@ -114,19 +113,21 @@ def _backward(
     `source` is the output if there is a bias, the input if there is a mean, else normalised rows.
     """
     num_rows, channels = dy.shape
-    wide, shift = weight.float(), None if bias is None else bias.float()
+    wide = weight.float()
+    outputs: tuple[Tensor, Tensor] | None = None
     own: Mapping[str, Argument]
     if on_cuda(dx):
         num_partials = min(num_rows, _MAX_PARTIALS)
-        partials = weight.new_empty((num_partials, 2, channels), dtype=torch.float32)
-        sums, own = None, {"bias": shift, "num_partials": num_partials}
+        scratch = wide.new_empty((num_partials, 2, channels))
+        own = {"partials": scratch, "num_partials": num_partials}
     else:
-        partials = new_partials(weight, num_rows, 2, channels)
-        sums = weight.new_empty((2, channels), dtype=torch.float32)
+        # What x_hat is made with, the sums, and those over each block of rows.
+        scratch = wide.new_empty((2 + -(-num_rows // BLOCK_ROWS), 2, channels))
+        outputs = torch.empty_like(wide), torch.empty_like(wide)
         own = {
-            "shift": torch.zeros_like(wide) if shift is None else shift,
-            "inverse": torch.ones_like(wide) if shift is None else 1 / wide,
-            "sums": sums,
+            "scratch": scratch,
+            "dweight": outputs[0],
+            "dbias": outputs[1],
             "num_source_rows": source.shape[0],
             "num_dx_rows": dx.shape[0],
             "block_rows": BLOCK_ROWS,
@@ -140,10 +141,10 @@ def _backward(
         mean=mean,
         rstd=rstd,
         weight=wide,
+        bias=None if bias is None else bias.float(),
         source_rows=source_rows,
         dx_rows=dx_rows,
         dx=dx,
-        partials=partials,
         num_rows=num_rows,
         channels=channels,
         dy_row_stride=dy.stride(0),
@@ -154,6 +155,6 @@ def _backward(
         dx_dtype=dtype_name(dx),
         **own,
     )
-    dweight, dbias = partials.sum(0) if sums is None else sums
-    # Storage of their own: outputs of an op must not share any.
-    return dweight.to(weight.dtype, copy=True), dbias.to(weight.dtype, copy=True)
+    dweight, dbias = scratch.sum(0) if outputs is None else outputs
+    copy = outputs is None  # outputs of an op must not share storage
+    return dweight.to(weight.dtype, copy=copy), dbias.to(weight.dtype, copy=copy)

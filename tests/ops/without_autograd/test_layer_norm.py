@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_fast.ops.layer_norm import (
     can_rebuild,
@@ -163,6 +166,27 @@ def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def test_a_call_of_the_kernels_allocates_and_computes_nothing_else(on_native: None):
+    # A small torch op costs as much as a row of the kernel; each of these is an allocation.
+    x, weight, bias = make_inputs(7, 16, torch.float32, "cpu")
+
+    class Calls(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        y, rstd = layer_norm_forward(x, weight, bias, eps=1e-6, backend="native")
+        layer_norm_backward_(x, y, y, rstd, weight, bias, backend="native")
+    forward, backward = (
+        ["new_empty.default"] * 2,
+        ["new_empty.default", *["empty_like.default"] * 2],
+    )
+    assert Calls.names == forward + backward
 
 
 @pytest.mark.parametrize(
