@@ -4,10 +4,14 @@
 // Columns: largest score and sum of exp relative to it, in one sweep. Threads split the columns; a
 // tile of rows and columns is read from memory once and twice more from L1.
 // Rows: logarithm of the sum of exp of each row.
+// Balance: one pass that ends an iteration and begins the next. A row's exp(score + log_u + log_v),
+// at most 1 since columns sum to 1, give the row's new log_v and, times its change, the columns'
+// sums: no search for the largest score, and one exp an element where two passes take two.
 #include "check.hpp"
 #include "cpu/exp_any.hpp"
 #include "cpu/level.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"
 
 #include <algorithm>
@@ -42,6 +46,19 @@ struct Rows {
   int64_t columns;
   int64_t row_stride; // elements
   float scale;        // 1 / temperature
+};
+
+struct Balance {
+  const void* logits; // [R, K]
+  const float* log_u; // [K]
+  const float* log_v; // [R]
+  float* next_v;      // [R]
+  float* sums;        // [blocks, K] over a block's rows
+  float* exps;        // [blocks, K] of one row
+  int64_t columns;
+  int64_t row_stride; // elements
+  float scale;        // 1 / temperature
+  bool wants_sums;
 };
 
 // One tile: moves the largest scores and the sums of `count` columns on by `rows` rows.
@@ -118,6 +135,72 @@ template <typename T>
     p.lse[row] = static_cast<float>(std::log(sum) + static_cast<double>(from));
   }
 }
+
+// exps[k] = exp(score + log_u - from) for scores up to `from`, 0 where it would be subnormal;
+// returns their sum.
+template <typename T>
+[[gnu::always_inline]] inline double exps_of(const Balance& p, const T* __restrict x, float from,
+                                             float* __restrict exps) {
+  const float* __restrict log_u = p.log_u;
+  const float scale = p.scale;
+  double sum = 0.0;
+  for (int64_t k = 0; k < p.columns; k += kRowBlock) {
+    const int64_t last = std::min(k + kRowBlock, p.columns);
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = k; i < last; ++i) {
+      const float e = exp_normal_or_zero(load(x[i]) * scale + log_u[i] - from);
+      exps[i] = e;
+      part += e;
+    }
+    sum += static_cast<double>(part);
+  }
+  return sum;
+}
+
+template <typename T>
+[[gnu::always_inline]] inline float largest_of(const Balance& p, const T* __restrict x) {
+  const float* __restrict log_u = p.log_u;
+  float largest = -INFINITY; // NaN never wins; it comes back in the sum
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < p.columns; ++i) {
+    const float score = load(x[i]) * p.scale + log_u[i];
+    largest = score > largest ? score : largest;
+  }
+  return largest;
+}
+
+template <typename T> struct BalanceRows {
+  [[gnu::always_inline]] static inline void run(const Balance& p, int64_t block, int64_t begin,
+                                                int64_t end) {
+    constexpr double kLeast = 1e-30; // a smaller sum may have lost terms that count
+    float* __restrict sums = p.sums + block * p.columns;
+    float* __restrict exps = p.exps + block * p.columns;
+    std::fill(sums, sums + p.columns, 0.0f);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+      float from = -p.log_v[row];
+      double sum = exps_of(p, x, from, exps);
+      if (!(sum > kLeast && std::isfinite(sum))) {
+        const float largest = largest_of(p, x);
+        if (!std::isinf(largest)) {
+          from = largest;
+          sum = exps_of(p, x, from, exps);
+        }
+      }
+      const float next = static_cast<float>(-std::log(sum) - static_cast<double>(from));
+      p.next_v[row] = next;
+      if (!p.wants_sums)
+        continue;
+      // Of the rounded numbers: `next` is what the columns' sums are made with.
+      const auto factor =
+          static_cast<float>(std::exp(static_cast<double>(from) + static_cast<double>(next)));
+#pragma omp simd
+      for (int64_t i = 0; i < p.columns; ++i)
+        sums[i] += exps[i] * factor;
+    }
+  }
+};
 
 template <typename T, typename P> void part_baseline(const P& p, int64_t begin, int64_t end) {
   part_of<T>(p, begin, end);
@@ -204,6 +287,40 @@ void sinkhorn_rows(uintptr_t logits, uintptr_t log_u, uintptr_t lse, int64_t row
   launch(op, p, rows, columns, dtype, threads, level);
 }
 
+void sinkhorn_balance(uintptr_t logits, uintptr_t log_u, uintptr_t log_v, uintptr_t next_v,
+                      uintptr_t sums, uintptr_t scratch, int64_t rows, int64_t columns,
+                      int64_t block_rows, int64_t row_stride, double scale,
+                      const std::string& dtype, int threads, const std::string& level_name) {
+  constexpr const char* op = "sinkhorn_balance_cpu";
+  float* parts = reinterpret_cast<float*>(scratch);
+  const int64_t blocks = block_rows < 1 ? 0 : blocks_of(rows, block_rows);
+  const Balance p{reinterpret_cast<const void*>(logits),
+                  reinterpret_cast<const float*>(log_u),
+                  reinterpret_cast<const float*>(log_v),
+                  reinterpret_cast<float*>(next_v),
+                  parts,
+                  parts + blocks * columns,
+                  columns,
+                  row_stride,
+                  static_cast<float>(scale),
+                  sums != 0};
+  require_arguments(op, p.logits, rows, columns, row_stride, threads);
+  require_positive(op, "block_rows", block_rows);
+  const Level level = choose_level(op, level_name);
+  const auto launch_as = [&](auto* body) {
+    parallel_blocks(rows, block_rows, columns, threads,
+                    [&](int64_t block, int64_t begin, int64_t end) { body(p, block, begin, end); });
+  };
+  if (dtype == "float16")
+    launch_as(at_level<BalanceRows<float16>, Balance>(level));
+  else
+    with_float_type(op, "logits", dtype, [&](auto type) {
+      launch_as(at_level<BalanceRows<typename decltype(type)::type>, Balance>(level));
+    });
+  if (p.wants_sums)
+    add_partials(p.sums, blocks, columns, reinterpret_cast<float*>(sums), threads);
+}
+
 } // namespace
 } // namespace dinov2_fast
 
@@ -219,6 +336,13 @@ void bind_sinkhorn_cpu(py::module_& m) {
         "logits [R, K], log_u [K] -> lse [R] of logits * scale + log_u; pointers, sizes and row "
         "stride in elements.",
         py::arg("logits"), py::arg("log_u"), py::arg("lse"), py::arg("rows"), py::arg("columns"),
+        py::arg("row_stride"), py::arg("scale"), py::arg("dtype"), py::arg("threads"),
+        py::arg("level"), py::call_guard<py::gil_scoped_release>());
+  m.def("sinkhorn_balance_cpu", &sinkhorn_balance,
+        "logits [R, K], log_u [K], log_v [R] -> next_v [R], and unless null sums [K] of "
+        "exp(logits * scale + log_u + next_v), over scratch [2, blocks, K].",
+        py::arg("logits"), py::arg("log_u"), py::arg("log_v"), py::arg("next_v"), py::arg("sums"),
+        py::arg("scratch"), py::arg("rows"), py::arg("columns"), py::arg("block_rows"),
         py::arg("row_stride"), py::arg("scale"), py::arg("dtype"), py::arg("threads"),
         py::arg("level"), py::call_guard<py::gil_scoped_release>());
 }

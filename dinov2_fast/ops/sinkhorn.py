@@ -16,7 +16,15 @@ from dinov2_fast.distributed import all_reduce_max, all_reduce_sum
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive, check_tensor
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native import run_native
-from dinov2_fast.ops._native_cpu import FLOATS, NATIVE_DEVICES, dtype_name, on_cuda, refusals
+from dinov2_fast.ops._native_cpu import (
+    BLOCK_ROWS,
+    FLOATS,
+    NATIVE_DEVICES,
+    dtype_name,
+    on_cuda,
+    refusals,
+    run_cpu,
+)
 from dinov2_fast.ops._native_cuda import row_blocks, row_splits
 from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
 
@@ -98,10 +106,35 @@ def sinkhorn(
         )
     log_u = logits.new_zeros(logits.shape[1], dtype=torch.float32)
     log_v = logits.new_zeros(logits.shape[0], dtype=torch.float32)
+    if chosen == "native" and not on_cuda(logits):
+        return _by_balancing(logits, log_u, log_v, 1 / temperature, num_iterations, group)
     for _ in range(num_iterations):
         largest, sums = _columns(logits, log_v, 1 / temperature, chosen)
         log_u = -_log_sums_of_all(largest, sums, group)
         log_v = -_rows(logits, log_u, 1 / temperature, chosen)
+    return log_u, log_v
+
+
+def _by_balancing(
+    logits: Tensor,
+    log_u: Tensor,
+    log_v: Tensor,
+    scale: float,
+    num_iterations: int,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """`sinkhorn` in one pass an iteration and one before the first.
+
+    The first step over the columns looks for their largest scores. After it every column has a
+    target of at least 1 / (R K), so that later sums need none: they are those of targets.
+    """
+    largest, sums = _columns(logits, log_v, scale, "native")
+    log_u = log_u - _log_sums_of_all(largest, sums, group)
+    for left in reversed(range(num_iterations)):
+        log_v, sums = _balance(logits, log_u, log_v, scale, left > 0, "native")
+        if left > 0:
+            sums = all_reduce_sum(sums, group)
+            log_u = log_u - sums.masked_fill_(sums == 0, 1.0).log_()
     return log_u, log_v
 
 
@@ -201,6 +234,30 @@ def _rows_native(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
     return lse
 
 
+def _balance_cpu(
+    logits: Tensor, log_u: Tensor, log_v: Tensor, scale: float, want_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """The log_v that makes rows of targets sum to 1; if wanted, the columns' sums of these."""
+    next_v, sums = _balance_fake(logits, log_u, log_v, scale, want_sums)
+    rows, columns = logits.shape
+    run_cpu(
+        "sinkhorn_balance_cpu",
+        logits=logits,
+        log_u=log_u,
+        log_v=log_v,
+        next_v=next_v,
+        sums=sums if want_sums else None,
+        scratch=log_u.new_empty((2, -(-rows // BLOCK_ROWS), columns)),
+        rows=rows,
+        columns=columns,
+        block_rows=BLOCK_ROWS,
+        row_stride=logits.stride(0),
+        scale=scale,
+        dtype=dtype_name(logits),
+    )
+    return next_v, sums
+
+
 def _parts(logits: Tensor, name: str, count: int, num_sums: int) -> Mapping[str, Argument]:
     """On a GPU the number of parts that sums are cut into, and scratch for them if there are two.
 
@@ -245,6 +302,18 @@ def _rows_fake(logits: Tensor, log_u: Tensor, scale: float) -> Tensor:
     return log_u.new_empty(logits.shape[0])
 
 
+def _balance_fake(
+    logits: Tensor, log_u: Tensor, log_v: Tensor, scale: float, want_sums: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(log_v), log_u.new_empty(logits.shape[1] if want_sums else 0)
+
+
+_balance = declare(
+    "sinkhorn_balance(Tensor logits, Tensor log_u, Tensor log_v, float scale, bool want_sums, "
+    "str backend) -> (Tensor, Tensor)",
+    kernels={("native", "cpu"): _balance_cpu},
+    fake=_balance_fake,
+)
 _columns = declare(
     "sinkhorn_columns(Tensor logits, Tensor log_v, float scale, str backend) -> (Tensor, Tensor)",
     kernels={

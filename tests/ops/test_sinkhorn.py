@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.sinkhorn import row_logsumexp, sinkhorn, sinkhorn_reference
@@ -158,6 +160,39 @@ def test_opcheck(shape: tuple[int, int], on_native: None):
     ops = torch.ops.dinov2_fast
     torch.library.opcheck(ops.sinkhorn_columns.default, (logits, log_v, 2.0, "native"))
     torch.library.opcheck(ops.sinkhorn_rows.default, (logits, log_u, 2.0, "native"))
+    for want_sums in (False, True):
+        arguments = (logits, log_u, log_v, 2.0, want_sums, "native")
+        torch.library.opcheck(ops.sinkhorn_balance.default, arguments)
+
+
+@pytest.mark.parametrize("below", [5.0, 50.0])
+def test_a_row_far_below_the_others_has_targets_as_exact(below: float, backend: str, device: str):
+    # Exponents of 50 and 500 less: the second row's exps relative to the columns are all 0.
+    logits = randn(5, 33, device=device, scale=0.3)
+    logits[2] -= below
+    vectors = sinkhorn(logits, temperature=0.1, backend=backend)
+    assert_within_error_budget(
+        targets(logits, 0.1, vectors),
+        low_precision=reference_targets(logits, 0.1),
+        truth=reference_targets(logits.double(), 0.1),
+        name="sinkhorn.targets",
+    )
+
+
+def test_the_kernels_read_the_scores_once_an_iteration_and_once_before(on_native: None):
+    logits = randn(7, 33)
+
+    class Calls(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        sinkhorn(logits, temperature=0.1, num_iterations=3, backend="native")
+    passes = [name for name in Calls.names if name.startswith("sinkhorn")]
+    assert passes == ["sinkhorn_columns.default", *["sinkhorn_balance.default"] * 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
