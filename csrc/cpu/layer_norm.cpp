@@ -203,7 +203,7 @@ void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t
   });
 }
 
-// Sizes of the backward's scratch [2 + blocks, 2, C]: shift and inverse, the sums, those of blocks.
+// Of the backward's scratch [2 + blocks, 2, C]: shift and inverse, the sums, those of each block.
 float* scratch_part(uintptr_t scratch, int64_t part, int64_t channels) {
   return reinterpret_cast<float*>(scratch) + part * 2 * channels;
 }

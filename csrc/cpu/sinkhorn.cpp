@@ -173,7 +173,7 @@ template <typename T>
 template <typename T> struct BalanceRows {
   [[gnu::always_inline]] static inline void run(const Balance& p, int64_t block, int64_t begin,
                                                 int64_t end) {
-    constexpr double kLeast = 1e-30; // a smaller sum may have lost terms that count
+    constexpr double kLeast = 1e-20; // terms below 1e-38 are lost, which a smaller sum may feel
     float* __restrict sums = p.sums + block * p.columns;
     float* __restrict exps = p.exps + block * p.columns;
     std::fill(sums, sums + p.columns, 0.0f);
