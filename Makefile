@@ -17,10 +17,15 @@ BIN := $(VENV)/bin
 
 build: $(VENV)/installed-dev
 
-$(VENV)/installed-%: $(BUILD_FILES)
+$(VENV)/installed: $(BUILD_FILES)
 	@echo "Setting up $(VENV); PyTorch is a large download the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# By name: what is installed satisfies it, so extras come without building the kernels once more.
+$(VENV)/installed-%: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet 'dinov2-fast[$*]'
 	touch $@
 
 format: $(VENV)/installed-dev
