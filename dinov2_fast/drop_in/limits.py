@@ -1,4 +1,4 @@
-"""From which batch on each path of a half pays, so that none is slower than its library's modules.
+"""From which batch on each path of a half pays; smaller ones are left to the library's modules.
 
 Work is counted in tokens times channels squared, of which a block's time is a multiple on every
 path. What a path adds (calls, copies of rows, passes over weights) does not shrink with the batch;
@@ -55,14 +55,13 @@ class Limits:
 # Gathering rows and adding them back moves what this many products a channel take.
 COPIES = 16
 
-# One thread of an AMD EPYC (Zen 1, AVX2), blocks of 128 to 768 channels, forward and backward,
-# library over ours. Owned halves without drop path: 0.98 to 1.02 from 2000 tokens and 2e8 on; 0.97
-# to 0.98 at 1028 tokens of 384 channels (1.5e8), 0.93 of 128 (1.7e7); 0.96 at 400 tokens, 0.86 at
-# 100. Skipping: 1.03 to 1.5 where it saves 2e6 to 3e6, 0.73 to 1.1 where it saves less than 1e6.
+# Chosen from blocks of 128 to 768 channels, forward and backward, on one thread of an AMD EPYC (Zen
+# 1, AVX2): without drop path owned halves break even there, and skipping is ahead from there on.
+# `benchmarks/bench_accelerate.py` has batches on both sides.
 FLOAT32 = Limits(owned_tokens=2000, owned_work=2e8, saved_work=2e6)
 
-# The library's blocks take 5 to 8 times as long there as in float32, and owned halves compute their
-# products in float32: 1.7 at 40 tokens of 128 channels (6.5e5; inference 1.3), 0.76 at 10 (1.6e5).
+# Likewise. The library's products of bf16 take several times as long there as those of float32, in
+# which owned halves compute, so these are ahead much sooner.
 SLOW_BFLOAT16 = Limits(owned_tokens=0, owned_work=1e6, saved_work=2e6, without_gradients=True)
 
 # Not measured. Skipping adds some 20 launches of 10 us, in which a GPU does 1e10 operations; work

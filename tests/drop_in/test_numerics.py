@@ -25,16 +25,10 @@ from tests.drop_in.their_models import (
     make,
     outputs_and_gradients,
     own_memory_as_shipped,
-    own_memory_at_any_size,
     run,
 )
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native"), *THIRD_PARTY]
-
-
-@pytest.fixture(autouse=True)
-def at_any_size(monkeypatch):
-    own_memory_at_any_size(monkeypatch)
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native", "at_any_size"), *THIRD_PARTY]
 
 
 class RowsOfLayers(TorchFunctionMode):

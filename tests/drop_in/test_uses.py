@@ -16,17 +16,11 @@ from tests.drop_in.their_models import (
     blocks_of,
     images,
     make,
-    own_memory_at_any_size,
     run,
 )
 from tests.inputs import randn
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native"), *THIRD_PARTY]
-
-
-@pytest.fixture(autouse=True)
-def at_any_size(monkeypatch):
-    own_memory_at_any_size(monkeypatch)
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native", "at_any_size"), *THIRD_PARTY]
 
 
 def original_and_fast(kind: str) -> tuple[nn.Module, nn.Module]:

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dinov2_fast.ops.optimizer import adamw_ema_step, clip_coefficient, gradient_norm
-from tests.inputs import randn
+from tests.ops.test_optimizer import Lists, make_lists
 from tests.tolerance import assert_within_error_budget
 
 pytestmark = pytest.mark.gpu
-
-Lists = dict[str, list[Tensor]]
 
 # Vectors between matrices, as one block has them; a scalar, primes and an empty tensor.
 SHAPES = [(384,), (384, 384), (1152,), (), (31, 61), (0, 7)]
@@ -34,18 +31,7 @@ NUMBERS: dict[str, Any] = {
 def lists(device_of_kernels: str) -> Lists:
     """State as after some steps."""
     shapes = [*SHAPES, *LARGE] if device_of_kernels == "cuda" else SHAPES
-
-    def tensors(seed: int, scale: float = 1.0) -> list[Tensor]:
-        options = {"device": device_of_kernels, "scale": scale}
-        return [randn(*shape, seed=seed + i, **options) for i, shape in enumerate(shapes)]
-
-    return {
-        "parameters": tensors(10),
-        "gradients": tensors(30),
-        "exp_avgs": tensors(50, 0.1),
-        "exp_avg_sqs": [x.square() for x in tensors(70, 0.1)],
-        "ema_parameters": tensors(90),
-    }
+    return make_lists(device=device_of_kernels, shapes=shapes)
 
 
 def stepped(lists: Lists, backend: str, dtype: torch.dtype = torch.float32) -> Lists:

@@ -17,6 +17,9 @@ from tests.ops.without_autograd.test_attention import (
     by_autograd,
     forward_backward,
 )
+from tests.ops.without_autograd.test_attention import (
+    test_threads_change_no_bit as threads_change_no_bit,
+)
 from tests.tolerance import assert_within_error_budget
 
 DEFINED = ("defined_avx512_bf16", "defined_amx")
@@ -175,16 +178,7 @@ def test_an_infinite_value_is_as_in_the_reference(products):
 
 
 def test_threads_change_no_bit(products):
-    pack = Pack.from_groups([(3, 65), (5, 17)])
-    q, k, v = make_qkv(pack, num_heads=3, head_dim=64, dtype=torch.bfloat16)
-    d_out = randn(*q.shape, dtype=torch.bfloat16, seed=1)
-    one = forward_backward(q, k, v, d_out, pack, None, "native")
-    torch.set_num_threads(3)
-    try:
-        three = forward_backward(q, k, v, d_out, pack, None, "native")
-    finally:
-        torch.set_num_threads(1)
-    assert all(map(torch.equal, one, three))
+    threads_change_no_bit(None)
 
 
 def test_strides_change_no_bit(products):
