@@ -35,6 +35,12 @@ class CheckpointError(UserError):
     exit_code = 5
 
 
+class LoaderError(UserError):
+    """The processes that load images have no memory to hand over batches, or keep dying."""
+
+    exit_code = 6
+
+
 class OutputError(UserError):
     """The output directory cannot be written, is full, or is in use by another run."""
 

@@ -19,7 +19,7 @@ from dinov2_fast.data.image_source import ImageSource, printable
 from dinov2_fast.data.masking import BlockMasks
 from dinov2_fast.data.sampler import batch_positions, sample_index
 from dinov2_fast.data.seeding import CROPS, MASKS, SUBSTITUTE, derive_seed
-from dinov2_fast.errors import DataError
+from dinov2_fast.errors import DataError, UserError
 
 _RANDOM_SUBSTITUTES = 8
 _MAX_SUBSTITUTES = 1000
@@ -46,7 +46,8 @@ class Failure(NamedTuple):
     """An exception of a worker as text: raised again in the main process, where it can be shown."""
 
     message: str
-    is_data_error: bool
+    error: type[UserError] | None
+    """What to raise it as; None for a bug."""
 
 
 class BatchBuilder(Dataset):
@@ -111,9 +112,9 @@ class BatchBuilder(Dataset):
         try:
             return self.build(step)
         except DataError as error:
-            return Failure(str(error), is_data_error=True)
+            return Failure(str(error), DataError)
         except Exception:
-            return Failure(traceback.format_exc(), is_data_error=False)
+            return Failure(traceback.format_exc(), None)
 
     def build(self, step: int) -> Batch:
         """The batch of a step.

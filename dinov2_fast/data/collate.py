@@ -55,6 +55,14 @@ class Batch:
         """The batch with its tensors in page-locked memory, from which copies can overlap work."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def share_memory(self) -> Batch:
+        """The batch with its tensors in memory that other processes can take over.
+
+        Raises:
+            RuntimeError: the system has no such memory left.
+        """
+        return self._map(lambda tensor: tensor.share_memory_())
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed = {

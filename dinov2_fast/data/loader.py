@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,7 +23,7 @@ from dinov2_fast.data.batch_builder import BatchBuilder, Failure
 from dinov2_fast.data.collate import Batch
 from dinov2_fast.data.image_source import ImageSource
 from dinov2_fast.data.quarantine import Quarantine
-from dinov2_fast.errors import DataError
+from dinov2_fast.errors import LoaderError
 
 _POLL_S = 5
 """A dead worker is noticed within this time."""
@@ -86,6 +86,29 @@ def _exit_after(process: BaseProcess) -> None:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _shared(batch: Batch | Failure) -> Batch | Failure:
+    """A worker's batch in shared memory.
+
+    Left to the transfer, a want of memory would be met in a thread that drops the batch, and
+    training would wait for it until the workers count as hung.
+    """
+    if isinstance(batch, Failure):
+        return batch
+    try:
+        return batch.share_memory()
+    except RuntimeError as error:
+        return Failure(
+            f"data: a loader process finds no shared memory (/dev/shm) for its batch: {error}; "
+            "give the machine or container more (docker run --shm-size), or use fewer or no loader "
+            "processes, --data.num-workers 0, or a smaller --batch-size",
+            LoaderError,
+        )
+
+
+class StopRequested(Exception):
+    """The wait for a batch was given up because the caller's `stop_requested` said so."""
 
 
 class _Watchdog(threading.Thread):
@@ -158,6 +181,7 @@ class TrainingLoader:
         quarantine_path: Path | None = None,
         pin_memory: bool = False,
         timeout_s: float = 300.0,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepares; workers start with the first batch.
 
@@ -178,6 +202,7 @@ class TrainingLoader:
             quarantine_path: where unreadable images are listed.
             pin_memory: put batches into page-locked memory.
             timeout_s: seconds without a batch after which the workers count as hung.
+            stop_requested: asked now and then while a batch of the workers does not come.
         """
         data = data or DataConfig()
         self._builder = BatchBuilder(
@@ -212,6 +237,7 @@ class TrainingLoader:
         self._prefetch_batches = data.prefetch_batches
         self._pin_memory = pin_memory
         self._timeout_s = timeout_s
+        self._stop_requested = stop_requested
         self._batches: Iterator[Batch | Failure] | None = None
         self._watchdog: _Watchdog | None = None
         self._rebuilt_at: list[float] = []
@@ -223,7 +249,9 @@ class TrainingLoader:
 
         Raises:
             DataError: too many unreadable images.
-            RuntimeError: workers keep dying, or a bug in building a batch.
+            LoaderError: workers keep dying, or have no memory to share.
+            StopRequested: `stop_requested` said so while workers did not deliver.
+            RuntimeError: a bug in building a batch.
         """
         while self._stop_step is None or self.next_step < self._stop_step:
             started = time.perf_counter()
@@ -266,8 +294,8 @@ class TrainingLoader:
                 self._replace_workers(error)
         if isinstance(batch, Failure):
             self.close()
-            if batch.is_data_error:
-                raise DataError(batch.message)
+            if batch.error is not None:
+                raise batch.error(batch.message)
             raise RuntimeError(f"TrainingLoader: building a batch failed\n{batch.message}")
         return batch
 
@@ -286,6 +314,9 @@ class TrainingLoader:
                     batch = next(batches)
                 except RuntimeError:  # also raised when a poll interval has passed
                     interval_is_over = time.monotonic() - polled_at > 0.9 * _POLL_S
+                    if self._stop_requested():
+                        self._kill_workers()
+                        raise StopRequested from None
                     if interval_is_over and all(worker.is_alive() for worker in workers):
                         continue
                     raise
@@ -294,7 +325,7 @@ class TrainingLoader:
                 return batch
 
     def _new_loader(self) -> DataLoader:
-        settings = {}
+        settings: dict[str, Any] = {"collate_fn": _as_is}
         if self.num_workers:
             settings = {
                 "num_workers": self.num_workers,
@@ -302,12 +333,12 @@ class TrainingLoader:
                 "multiprocessing_context": "forkserver",
                 "timeout": _POLL_S,
                 "worker_init_fn": _start_worker,
+                "collate_fn": _shared,
             }
         return DataLoader(
             self._builder,
             batch_size=None,
             sampler=_Steps(self.next_step, self._stop_step),
-            collate_fn=_as_is,
             pin_memory=self._pin_memory,
             generator=torch.Generator(),  # else it would advance the global one
             **settings,
@@ -316,15 +347,19 @@ class TrainingLoader:
     def _workers(self) -> list[BaseProcess]:
         return list(getattr(self._batches, "_workers", ()))
 
+    def _kill_workers(self) -> None:
+        """Ends all workers; a frozen one would not follow a polite request."""
+        for worker in self._workers():
+            worker.kill()
+        self._batches = None
+
     def _replace_workers(self, error: Exception) -> None:
         """Kills all workers, so that the next attempt starts new ones at the same step."""
         now = time.monotonic()
         self._rebuilt_at = [at for at in self._rebuilt_at if now - at < _REBUILD_WINDOW_S]
-        for worker in self._workers():
-            worker.kill()  # a frozen one would not follow a polite request
-        self._batches = None
+        self._kill_workers()
         if len(self._rebuilt_at) >= _MAX_REBUILDS:
-            raise RuntimeError(
+            raise LoaderError(
                 f"TrainingLoader: workers died or hung {_MAX_REBUILDS + 1} times within an hour, "
                 f"last at step {self.next_step}: {error}; the machine may be out of memory or of "
                 "shared memory (/dev/shm): use fewer workers, --data.num-workers; a script of your "

@@ -16,7 +16,7 @@ from dinov2_fast.config import Config
 from dinov2_fast.data.collate import Batch
 from dinov2_fast.data.datasets import open_images
 from dinov2_fast.data.image_source import ImageSource
-from dinov2_fast.data.loader import TrainingLoader
+from dinov2_fast.data.loader import StopRequested, TrainingLoader
 from dinov2_fast.data.seeding import DROPPED_SAMPLES, derive_seed
 from dinov2_fast.distributed import all_reduce_mean
 from dinov2_fast.errors import ConfigError, UserError
@@ -102,7 +102,7 @@ def train(
         stop_step = min(config.run.stop_step or total_steps, total_steps)
         if session.step < stop_step:
             progress.message(_announcement(session, source, stop_step=stop_step))
-            loader = _loader(session, source, stop_step=stop_step)
+            loader = _loader(session, source, stop_step, interruption)
             with progress, contextlib.closing(loader):
                 _run_steps(session, iter(loader), stop_step, interruption, on_log)
         if session.step < total_steps:
@@ -189,7 +189,9 @@ def _announcement(session: Session, source: ImageSource, *, stop_step: int) -> s
     )
 
 
-def _loader(session: Session, source: ImageSource, *, stop_step: int) -> TrainingLoader:
+def _loader(
+    session: Session, source: ImageSource, stop_step: int, interruption: Interruption
+) -> TrainingLoader:
     """Batches of this process from the session's step on."""
     config, place = session.config, session.place
     try:
@@ -209,6 +211,7 @@ def _loader(session: Session, source: ImageSource, *, stop_step: int) -> Trainin
             stop_step=stop_step,
             quarantine_path=session.files.quarantine,
             pin_memory=place.device.type == "cuda",
+            stop_requested=lambda: interruption.signal_number != 0,
         )
     except ValueError as error:
         raise ConfigError(f"config: {error}") from error
@@ -225,6 +228,8 @@ def _next_batch(
             batch = next(batches)
     except UserError as error:
         return None, error
+    except StopRequested:
+        return None, None
     return batch, None
 
 

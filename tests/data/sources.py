@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
 import torch
@@ -44,4 +45,13 @@ class ThreadCounting(Pictures):
     def read(self, index: int) -> bytes:
         if index == 0:
             raise UnreadableImage(f"{torch.get_num_threads()} threads")
+        return super().read(index)
+
+
+class Greedy(Pictures):
+    """Leaves its process no room for files, and so none for shared memory."""
+
+    def read(self, index: int) -> bytes:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         return super().read(index)

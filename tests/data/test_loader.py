@@ -17,10 +17,10 @@ from dinov2_fast.config import CropConfig, DataConfig, MaskConfig
 from dinov2_fast.data import loader as loader_module
 from dinov2_fast.data.collate import Batch
 from dinov2_fast.data.datasets import open_images
-from dinov2_fast.data.loader import TrainingLoader, default_num_workers
-from dinov2_fast.errors import DataError
+from dinov2_fast.data.loader import StopRequested, TrainingLoader, default_num_workers
+from dinov2_fast.errors import DataError, LoaderError
 from tests.data.pictures import write_folder
-from tests.data.sources import Buggy, Pictures, ThreadCounting
+from tests.data.sources import Buggy, Greedy, Pictures, ThreadCounting
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,9 +133,30 @@ def test_workers_that_keep_dying_end_the_run_with_advice(fast_poll):
     for _ in range(4):
         next(batches)
         os.kill(workers_of(loader)[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"4 times within an hour.*--data\.num-workers"):
+    with pytest.raises(LoaderError, match=r"4 times within an hour.*--data\.num-workers"):
         list(batches)
     loader.close()
+
+
+def test_a_want_of_shared_memory_ends_the_run_at_once_with_advice():
+    loader = make(Greedy(10), num_workers=1, timeout_s=1000.0)
+    with pytest.raises(LoaderError, match=r"/dev/shm.*--data\.num-workers 0"):
+        next(iter(loader))
+
+
+def test_a_request_to_stop_is_heard_while_workers_hang(fast_poll):
+    asked = []
+    loader = make(
+        Pictures(10, delay_s=100.0),
+        num_workers=1,
+        timeout_s=1000.0,
+        stop_requested=lambda: asked.append(loader._workers()) or len(asked) == 2,
+    )
+    with pytest.raises(StopRequested):
+        next(iter(loader))
+    for worker in asked[0]:  # killed, so that the end of training does not wait for them either
+        worker.join(timeout=10)
+        assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_batch_lost_on_its_way_is_fetched_again(reference):

@@ -5,9 +5,13 @@ import signal
 import threading
 
 import pytest
+from torch.utils.data import DataLoader
 
-from dinov2_fast.train import interruption
-from dinov2_fast.train.interruption import STOP_ERRORS, Interruption
+from dinov2_fast.data import loader
+from dinov2_fast.train import interruption, trainer
+from dinov2_fast.train.interruption import STOP_ERRORS, Interruption, PreemptedError
+from tests.data.sources import Pictures
+from tests.train.runs import tiny_config
 
 
 @pytest.mark.parametrize("number", sorted(STOP_ERRORS))
@@ -56,3 +60,18 @@ def test_outside_the_main_thread_no_handler_is_touched():
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+def test_a_signal_is_heard_while_storage_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "_POLL_S", 1)
+    monkeypatch.setattr(trainer, "open_images", lambda _: Pictures(4, delay_s=100.0))
+    config = tiny_config(tmp_path, data__num_workers=1)
+    new_loader = loader.TrainingLoader._new_loader
+
+    def and_signal(self: loader.TrainingLoader) -> DataLoader:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return new_loader(self)
+
+    monkeypatch.setattr(loader.TrainingLoader, "_new_loader", and_signal)
+    with pytest.raises(PreemptedError, match="at step 0, which is saved"):
+        trainer.train(config, tmp_path / "run")
