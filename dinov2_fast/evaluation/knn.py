@@ -187,7 +187,7 @@ def evaluate_knn(
 
     Raises:
         ConfigError: folders named in a way that does not fit together.
-        DataError: no such folder, no labels, or no class in common.
+        DataError: no such folder, no labels, a single class that votes, or none in common.
         CheckpointError: weights that cannot be loaded.
     """
     train_path, test_path = find_folders(data, train, test)
@@ -199,7 +199,7 @@ def evaluate_knn(
         "num_workers": num_workers,
         "precision": precision,
     }
-    train_features = extract_features(model, open_labelled(train_path), **options)
+    train_features = extract_features(model, open_labelled(train_path, min_classes=2), **options)
     test_features = train_features
     if test_path is not None:
         test_features = extract_features(model, open_labelled(test_path), **options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.data.datasets import open_images
-from dinov2_fast.data.image_source import ImageSource
+from dinov2_fast.data.image_source import ImageSource, printable
 from dinov2_fast.errors import ConfigError, DataError
 from dinov2_fast.features import Features
 
@@ -61,17 +61,28 @@ def find_folders(
     )
 
 
-def open_labelled(path: Path) -> ImageSource:
+def open_labelled(path: Path, *, min_classes: int = 1) -> ImageSource:
     """The images of a folder whose sub-folders are the classes.
 
+    Args:
+        path: the folder.
+        min_classes: classes there must be; with one to choose from every answer is right.
+
     Raises:
-        DataError: there are none, or none has a label.
+        DataError: there are no images, none has a label, or there are fewer classes.
     """
     source = open_images(path)
-    if all(source.label(index) is None for index in range(len(source))):
+    labels = {source.label(index) for index in range(len(source))} - {None}
+    if not labels:
         raise DataError(
             f"eval knn: the images of {path} have no labels; "
             "put each class into a folder of its own below it"
+        )
+    if len(labels) < min_classes:
+        (name,) = (source.class_names[label] for label in labels if label is not None)
+        raise DataError(
+            f"eval knn: expected images of {min_classes} classes or more that vote, got all of "
+            f"class {printable(name)!r} in {path}; classes are the folders right below it"
         )
     return source
 

@@ -262,6 +262,7 @@ def test_unreadable_images_are_reported_and_the_rest_is_evaluated(tmp_path: Path
         ({"data": "flat"}, "no labels"),
         ({"data": "nowhere"}, "nowhere"),
         ({"train": "set/train", "test": "other"}, "no class in common"),
+        ({"data": "single"}, "2 classes or more that vote, got all of class 'blue'"),
     ],
 )
 def test_folders_that_make_no_sense_are_explained(
@@ -269,6 +270,7 @@ def test_folders_that_make_no_sense_are_explained(
 ):
     _write_classes(tmp_path / "set" / "train", {"blue": 2, "green": 2})
     _write_classes(tmp_path / "other", {"cat": 2, "dog": 2})
+    _write_classes(tmp_path / "single", {"blue": 2})
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "a.png")
     paths = {key: tmp_path / name for key, name in folders.items()}
