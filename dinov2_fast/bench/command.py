@@ -52,12 +52,19 @@ def add_bench(verbs: Any) -> None:
 def _step(options: argparse.Namespace, rest: list[str]) -> int:
     from dinov2_fast.bench.setting import StepSetting
     from dinov2_fast.bench.step import compare_steps, summary
-    from dinov2_fast.errors import ConfigError
+    from dinov2_fast.errors import ConfigError, OutputError
 
     if options.rounds < 1:
         raise ConfigError(f"bench: --rounds must be at least 1, got {options.rounds}")
     if options.append is not None and not options.append.parent.is_dir():
         raise ConfigError(f"bench: no folder {options.append.parent} to write --append into")
+    if options.append is not None:
+        try:  # before minutes of measuring rather than after them
+            options.append.open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise OutputError(
+                f"bench: cannot write --append {options.append}: {error.strerror}"
+            ) from error
     names = ("arch", "prototypes", "batch_size", "dtype", "drop_ratio", "device", "steps")
     values = {name: getattr(options, name) for name in names}
     if options.threads is not None:
@@ -76,9 +83,11 @@ def _step(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
-    from dinov2_fast.bench.report import read_rows, write_report
+    from dinov2_fast.bench.report import ReportError, read_rows, write_report
 
     page = options.out or options.files[0].with_suffix(".md")
+    if page in options.files:
+        raise ReportError(f"bench: the page would overwrite its rows, {page}; choose another --out")
     for path in write_report(read_rows(options.files), page):
         print(path)
     return 0

@@ -13,6 +13,13 @@ from dinov2_fast.report.plots import Bar, bar_chart
 _OUR_BACKENDS, _BASELINES = ("native", "triton", "accelerated"), ("reference", "original")
 _MODELS = {"vits14": "ViT-S", "vitb14": "ViT-B", "vitl14": "ViT-L", "vitg14": "ViT-g"}
 
+# What tables and pictures read of a row.
+_KEYS = frozenset(("device", "dtype", "threads", "hardware", "torch"))
+_OP_KEYS = _KEYS | {"op", "backend", "mode", "shape", "median_us"}
+_STEP_KEYS = _KEYS | {"arch", "prototypes", "batch_size", "seconds", "peak_mib"}
+_STEP_KEYS |= {"speed_ratio", "speed_ratio_range", "memory_ratio", "memory_ratio_range"}
+_STEP_KEYS |= {"saved_bytes_ratio", "arithmetic_ratio", "share_of_matmul"}
+
 _SVG_STYLE = """<style>
 text { font: 14px system-ui, sans-serif; fill: #1c1d21; } .track { fill: #e9e9e6; }
 .bar { fill: #9aa0ab; } .emphasized { fill: #0b6e99; }
@@ -61,7 +68,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
     Returns:
         Step rows and op rows in the order of the files.
     Raises:
-        ReportError: a file that cannot be read or holds something else.
+        ReportError: a file that cannot be read or holds something else, or a row that is not whole.
     """
     rows: list[dict[str, Any]] = []
     for path in paths:
@@ -74,6 +81,13 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
             raise ReportError(
                 f"bench: {path} holds no rows; expected what `dinov2-fast bench step --json` prints"
             )
+        for row in usable:
+            needed = _STEP_KEYS if row.get("kind") == "step" else _OP_KEYS
+            if missing := sorted(needed - row.keys()):
+                raise ReportError(
+                    f"bench: a row of {path} lacks {', '.join(missing)}; expected whole rows, as "
+                    "`dinov2-fast bench step --append` and `pytest benchmarks --rows` write them"
+                )
         rows += usable
     return rows
 
@@ -114,7 +128,7 @@ def markdown(rows: Sequence[dict[str, Any]], *, pictures: Sequence[str] = ()) ->
     for machine in _distinct(_machine(row) for row in steps):
         parts.append(f"\n## Whole steps: {machine}\n\n")
         parts.append(_step_table([row for row in steps if _machine(row) == machine]))
-    ops = [row for row in rows if "op" in row and "median_us" in row]
+    ops = [row for row in rows if "op" in row]
     for machine in _distinct(_machine(row) for row in ops):
         parts.append(f"\n## Ops: {machine}\n")
         here = [row for row in ops if _machine(row) == machine]
@@ -238,10 +252,23 @@ def _parsed(text: str) -> list[Any]:
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return _parsed_lines(text)
     if isinstance(whole, dict) and "benchmarks" in whole:
         return [each["extra_info"] for each in whole["benchmarks"]]
     return whole if isinstance(whole, list) else [whole]
+
+
+def _parsed_lines(text: str) -> list[Any]:
+    """JSON lines; an error tells the place in the whole text."""
+    found: list[Any] = []
+    begin = 0
+    for line in text.splitlines(keepends=True):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(error.msg, text, begin + error.pos) from None
+        begin += len(line)
+    return found
 
 
 def _ranged(row: dict[str, Any], key: str) -> str:

@@ -45,6 +45,25 @@ def step_row(**changes) -> dict:
     return {**row, **changes}
 
 
+def op_row() -> dict:
+    return {
+        "op": "gelu",
+        "backend": "native",
+        "dtype": "float32",
+        "shape": [4, 8],
+        "mode": "forward",
+        "device": "cpu",
+        "median_us": 10.0,
+        "bytes": 100,
+        "flops": 0,
+        "share_of_copy_bandwidth": 0.75,
+        "tflop_s": 0.0,
+        "threads": "1",
+        "hardware": "Some CPU",
+        "torch": "2.14.1",
+    }
+
+
 @pytest.mark.timeout(280)
 def test_step_measures_all_contenders_and_writes_a_row(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
@@ -133,22 +152,7 @@ def test_bad_words_are_refused_in_one_line(words, says, capsys):
 
 def test_report_writes_tables_and_pictures(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
-    op = {
-        "op": "gelu",
-        "backend": "native",
-        "dtype": "float32",
-        "shape": [4, 8],
-        "mode": "forward",
-        "device": "cpu",
-        "median_us": 10.0,
-        "bytes": 100,
-        "flops": 0,
-        "share_of_copy_bandwidth": 0.75,
-        "tflop_s": 0.0,
-        "threads": "1",
-        "hardware": "Some CPU",
-        "torch": "2.14.1",
-    }
+    op = op_row()
     slower = {**op, "backend": "reference", "median_us": 25.0}
     lines = [step_row(), step_row(dtype="bf16", speed_ratio=4.5), op, slower]
     rows.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
@@ -168,9 +172,16 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     assert "**4.5x**" in headline([step_row(dtype="bf16", speed_ratio=4.5)])
 
 
+def test_a_row_that_cannot_be_kept_is_said_before_anything_is_measured(tmp_path, capsys):
+    assert cli.run(["bench", "step", *TINY, "--append", str(tmp_path)]) == 7
+    error = capsys.readouterr().err
+    assert f"cannot write --append {tmp_path}" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_report_reads_what_pytest_benchmark_writes(tmp_path):
     file = tmp_path / "run.json"
-    info = {"op": "gelu", "backend": "native"}
+    info = op_row()
     file.write_text(json.dumps({"benchmarks": [{"extra_info": info}]}))
     assert read_rows([file]) == [info]
 
@@ -181,6 +192,30 @@ def test_report_refuses_other_files(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ReportError, match=r"x\.json"):
         read_rows([file])
+
+
+@pytest.mark.parametrize("row", [op_row(), step_row()], ids=["op", "step"])
+def test_report_names_what_a_row_lacks(tmp_path, row):
+    file = tmp_path / "rows.jsonl"
+    del row["hardware"]
+    file.write_text(json.dumps(row))
+    with pytest.raises(ReportError, match=r"a row of .*rows\.jsonl lacks hardware;"):
+        read_rows([file])
+
+
+def test_report_tells_the_line_that_a_killed_run_left_unfinished(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{json.dumps(op_row())}\n{{"op": "gelu"')
+    with pytest.raises(ReportError, match="line 2 column 14"):
+        read_rows([file])
+
+
+def test_report_does_not_overwrite_its_rows(tmp_path, capsys):
+    rows = tmp_path / "rows.md"
+    rows.write_text(json.dumps(op_row()))
+    assert cli.run(["bench", "report", str(rows)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert json.loads(rows.read_text()) == op_row()
 
 
 def test_a_gpu_row_has_no_tuned_allocator():
