@@ -154,7 +154,9 @@ def charts(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         title = f"{name}: reference over the package's step"
         svg = bar_chart(title, bars, unit="x", highest=max(bar.value for bar in bars))
         opening, rest = svg.split(">", 1)
-        opening = opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        width, height = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
+        size = f'width="{width}" height="{height}"'  # without it viewers fill the page
+        opening = opening.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" {size} ', 1)
         drawn[name] = f"{opening}>{_SVG_STYLE}{rest}\n"
     return drawn
 

@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 340, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 10, 42
 _BAR_CHART_WIDTH = 480
 _BAR_HEIGHT, _BAR_GAP = 34, 14
+_LETTER_WIDTH = 7.2  # of a name at 14 px, on average
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, highest: float) -> 
         unit: written behind each value; escaped.
         highest: value of a bar over the full width.
     """
-    label_width, value_width = 150, 70
+    value_width = 70
+    longest = max((len(bar.name) for bar in bars), default=0)
+    label_width = min(max(150, 20 + round(_LETTER_WIDTH * longest)), 260)
     height = len(bars) * (_BAR_HEIGHT + _BAR_GAP) + _BAR_GAP
     full = _BAR_CHART_WIDTH - label_width - value_width
     body: list[str] = []

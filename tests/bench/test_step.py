@@ -169,6 +169,7 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     for picture in written[1:]:
         root = ElementTree.fromstring(picture.read_text())
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.attrib["viewBox"].split()[2:] == [root.attrib["width"], root.attrib["height"]]
     assert "**4.5x**" in headline([step_row(dtype="bf16", speed_ratio=4.5)])
 
 

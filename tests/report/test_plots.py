@@ -88,3 +88,10 @@ def test_bars_are_proportional_to_their_values():
     assert rects["bar emphasized"] == pytest.approx(2 * rects["bar"])
     assert rects["track"] == pytest.approx(4 * rects["bar"])
     assert "25.0 %" in svg
+
+
+@pytest.mark.parametrize("name", ["raw pixels", "ViT-S bf16 64k GPU native"])
+def test_names_of_bars_are_not_cut(name: str):
+    svg = ET.fromstring(bar_chart("x", [Bar(name, 1.0)], unit="x", highest=1.0))
+    (label,) = (node for node in svg.iter("text") if node.text == name)
+    assert float(label.attrib["x"]) >= 7 * len(name)  # 7 px are an average letter's
