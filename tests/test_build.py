@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_architectures_can_be_narrowed(tmp_path: Path):
         pytest.skip("nvcc is not installed")
     said = configure(tmp_path, DINOV2_FAST_CUDA_ARCHS="80;90a")
     assert said == "-- dinov2_fast: building the CPU part and CUDA code for 80-real 90a"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", sorted(path.stem for path in ROOT.glob("csrc/cpu/*.cpp")))
+def test_cpu_kernels_are_code_for_aarch64_too(stem: str):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("aarch64-linux-gnu-g++ is not installed")
+    pybind11 = pytest.importorskip("pybind11")
+    # This Python's headers serve: C's types have the same sizes on both systems.
+    folders = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fopenmp", "-fsyntax-only"]
+    run(compiler, *flags, *(f"-I{folder}" for folder in folders), ROOT / f"csrc/cpu/{stem}.cpp")
 
 
 def test_ci_runs_the_command_of_the_readme():

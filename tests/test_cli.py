@@ -38,6 +38,21 @@ def test_help_is_printed_and_exits_0(words, capsys):
     assert "usage: dinov2-fast" in capsys.readouterr().out
 
 
+def test_training_reuses_freed_memory_from_its_start_on(monkeypatch):
+    from dinov2_fast import demo
+    from dinov2_fast.train import memory, trainer
+
+    called: list[str] = []
+    monkeypatch.setattr(memory, "reuse_freed_memory", lambda: called.append("reuse"))
+    monkeypatch.setattr(trainer, "train", lambda *_: called.append("train"))
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: called.append("demo"))
+
+    cli.run(["train", "debug", "--data", "x", "--out", "y"])
+    cli.run(["demo", "--out", "y"])
+
+    assert called == ["reuse", "train", "reuse", "demo"]
+
+
 def test_settings_lists_every_setting_with_its_meaning(capsys):
     assert cli.run(["train", "vitl14", "--settings"]) == 0
     text = capsys.readouterr().out

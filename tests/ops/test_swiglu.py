@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from typing import Any
 
 import pytest
 import torch
@@ -229,6 +230,26 @@ def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native
         torch.set_num_threads(before)
     assert torch.equal(out[0], expected[0])
     assert torch.equal(out[1], expected[1])
+
+
+def test_kernels_get_the_number_of_threads_of_torch(
+    on_native: None, monkeypatch: pytest.MonkeyPatch
+):
+    compute, given = native.module().swiglu_forward_cpu, []
+
+    def spy(**arguments: Any) -> None:
+        given.append(arguments["threads"])
+        compute(**arguments)
+
+    monkeypatch.setattr(native.module(), "swiglu_forward_cpu", spy)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            swiglu(randn(4, 16), backend="native")
+    finally:
+        torch.set_num_threads(before)
+    assert given == [1, 3]
 
 
 def _norm_with_one_thread() -> float:
