@@ -288,6 +288,8 @@ def _collect(
         )
     if batch_size < 1:
         raise ConfigError(f"features: batch_size must be at least 1, got {batch_size}")
+    if num_workers < -1:
+        raise ConfigError(f"features: num_workers must be at least -1, got {num_workers}")
     start = time.perf_counter()
     load = _loader(source, evaluation_transform(image_px, resize_px), max_pixels)
     outputs: list[tuple[Tensor, Tensor]] = []

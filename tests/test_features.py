@@ -145,6 +145,7 @@ def test_bf16_features_are_close_and_stored_as_fp32(model, folder: Path):
         ({"image_px": 0}, "image_px"),
         ({"image_px": 28, "resize_px": 20}, "resize_px 20"),
         ({"batch_size": 0}, "batch_size"),
+        ({"num_workers": -2}, "num_workers must be at least -1, got -2"),
         ({"precision": "fp8"}, "fp32 or bf16"),
     ],
 )
