@@ -79,10 +79,10 @@ def open_labelled(path: Path, *, min_classes: int = 1) -> ImageSource:
             "put each class into a folder of its own below it"
         )
     if len(labels) < min_classes:
-        (name,) = (source.class_names[label] for label in labels if label is not None)
+        names = ", ".join(source.class_names[label] for label in labels if label is not None)
         raise DataError(
-            f"eval knn: expected images of {min_classes} classes or more that vote, got all of "
-            f"class {printable(name)!r} in {path}; classes are the folders right below it"
+            f"eval knn: expected images of {min_classes} classes or more that vote, got "
+            f"{printable(names)} alone in {path}; classes are the folders right below it"
         )
     return source
 

@@ -262,7 +262,7 @@ def test_unreadable_images_are_reported_and_the_rest_is_evaluated(tmp_path: Path
         ({"data": "flat"}, "no labels"),
         ({"data": "nowhere"}, "nowhere"),
         ({"train": "set/train", "test": "other"}, "no class in common"),
-        ({"data": "single"}, "2 classes or more that vote, got all of class 'blue'"),
+        ({"data": "single"}, "2 classes or more that vote, got blue alone"),
     ],
 )
 def test_folders_that_make_no_sense_are_explained(
