@@ -10,10 +10,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from dinov2_fast.backends import choose_backend
 from dinov2_fast.drop_in import limits
-from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, Path, runs_plainly
+from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, Path, dropped_ratio, runs_plainly
 from dinov2_fast.packing import Pack, pack_tokens, unpack_tokens
 
 OPTIONS = "_dinov2_fast"  # attribute of an accelerated block that holds its Options
@@ -36,19 +38,21 @@ class FastBlock(nn.Module):
         Returns:
             What the library's block returns.
         """
+        # The questions stand in the order of their cost: a small batch, to which every call of
+        # Python is some promille, is asked two. A compiler is not asked for sizes: it would guard.
+        if torch.compiler.is_compiling() or (isinstance(x, Tensor) and not self._may_pay(x)):
+            return super().forward(x, *args, **options)
         if runs_plainly() or any(
             value is not None and value is not False for value in (*args, *options.values())
         ):
             return super().forward(x, *args, **options)
         if isinstance(x, Tensor):
-            if x.ndim == 3 and self._may_pay(x):
-                halves, chosen = type(self).halves(self), getattr(self, OPTIONS)
-                paths: list[Path] = [half.path(x, chosen) for half in halves]
-                if any(path != "library" for path in paths):
-                    pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
-                    return self._run(halves, paths, x, pack).view(x.shape)
-            return super().forward(x, *args, **options)
-        if self.takes_lists:
+            halves, chosen = type(self).halves(self), getattr(self, OPTIONS)
+            paths: list[Path] = [half.path(x, chosen) for half in halves]
+            if any(path != "library" for path in paths):
+                pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
+                return self._run(halves, paths, x, pack).view(x.shape)
+        elif self.takes_lists:
             tokens, pack = pack_tokens(x)
             halves = type(self).halves(self)
             if not any(half.why_left() or half.why_not_owned(tokens) for half in halves):
@@ -60,10 +64,29 @@ class FastBlock(nn.Module):
         """The attention half and the feed-forward half of a block, in the order they run."""
         raise NotImplementedError("a subclass, one for each library, describes its halves")
 
+    @staticmethod
+    def drop_ratio(block: nn.Module) -> float:
+        """The larger share of samples that a half drops in training."""
+        raise NotImplementedError("a subclass, one for each library, knows where it stands")
+
     def _may_pay(self, x: Tensor) -> bool:
-        """Whether the halves need looking at for [B, N, C] tokens: costs nothing beside a block."""
-        size = (x.shape[0] * x.shape[1], x.shape[2])
-        return limits.limits_of(x).may_pay(*size, training=self.training)
+        """Whether any path but the library's can pay, asked before anyone looks at the halves."""
+        if x.ndim != 3:
+            return False
+        batch_size, num_tokens, channels = x.shape
+        num_tokens *= batch_size
+        least = limits.limits_of(x)
+        if (
+            least.owned_pays(num_tokens, channels)
+            and (least.without_gradients or torch.is_grad_enabled())
+            and choose_backend("layer_norm", x, None) != "reference"
+        ):
+            return True
+        if not self.training or num_tokens * channels**2 < least.saved_work:
+            return False
+        mode = getattr(self, OPTIONS).drop_path
+        dropped = dropped_ratio(type(self).drop_ratio(self), batch_size, mode)
+        return least.skipping_pays(num_tokens, channels, dropped)
 
     def _run(
         self, halves: tuple[HalfBlock, ...], paths: Sequence[Path], x: Tensor, pack: Pack

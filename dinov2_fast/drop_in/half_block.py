@@ -107,14 +107,6 @@ class HalfBlock:
         """Whether samples are dropped: in training."""
         return self.drop_path.training and self.drop_ratio > 0
 
-    def dropped_ratio(self, batch_size: int, mode: DropPathMode) -> float:
-        """Share of a batch's samples that the half need not be computed for, on average."""
-        if not self.drops():
-            return 0.0
-        if mode == "masked":
-            return self.drop_ratio
-        return 1 - keep_count(batch_size, self.drop_ratio) / max(batch_size, 1)
-
     def why_not_owned(self, x: Tensor) -> str:
         """Why the half cannot be an autograd node that owns its memory, or "".
 
@@ -148,7 +140,8 @@ class HalfBlock:
         wanted = least.without_gradients or self.is_differentiated(x)
         if least.owned_pays(*size) and wanted and not self.why_not_owned(x):
             return "owned"
-        dropped = self.dropped_ratio(x.shape[0], options.drop_path)
+        ratio = self.drop_ratio if self.drops() else 0.0
+        dropped = dropped_ratio(ratio, x.shape[0], options.drop_path)
         return "skipping" if least.skipping_pays(*size, dropped) else "library"
 
     def run(self, x: Tensor, pack: Pack, shape: torch.Size, path: Path, options: Options) -> Tensor:
@@ -240,6 +233,19 @@ class Entrance(torch.autograd.Function):
         return grad.detach().reshape(ctx.shape)
 
 
+def dropped_ratio(drop_ratio: float, batch_size: int, mode: DropPathMode) -> float:
+    """Share of a batch's samples that a half need not be computed for, on average.
+
+    Args:
+        drop_ratio: share that the library's drop path drops.
+        batch_size: B.
+        mode: of `Options`.
+    """
+    if mode == "masked" or not 0 < drop_ratio < 1:  # halves that drop everything are left
+        return drop_ratio
+    return 1 - keep_count(batch_size, drop_ratio) / max(batch_size, 1)
+
+
 def rows_of_factors(factors: Tensor, pack: Pack) -> KeptRows:
     """The kept rows that stand for a factor per sample, 0 for those left out.
 
@@ -274,8 +280,8 @@ def transforms_are_active() -> bool:
 
 
 def runs_plainly() -> bool:
-    """Whether every block must run as its library wrote it: compilers, transforms, the user."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    """Whether every block must run as its library wrote it: a tracer, transforms, the user."""
+    if torch._C._is_tracing():
         return True
     return transforms_are_active() or environment.plain_blocks()
 

@@ -17,6 +17,7 @@ from dinov2_fast.drop_in.known_types import (
     gelu_difference,
     layer_of,
     parts_of,
+    ratio_of,
 )
 
 _PREFIXES = (
@@ -68,6 +69,11 @@ class FastHuggingFaceLayer(FastBlock):
         """See `FastBlock.halves`."""
         return _attention_half(block), _feed_forward_half(block)
 
+    @staticmethod
+    def drop_ratio(block: Any) -> float:
+        """See `FastBlock.drop_ratio`."""
+        return ratio_of(block.drop_path)
+
 
 def _attention_half(layer: Any) -> HalfBlock:
     attention, drop_path = layer.attention, layer.drop_path
@@ -95,7 +101,7 @@ def _attention_half(layer: Any) -> HalfBlock:
         gamma=getattr(layer.layer_scale1, "lambda1", None),
         layer_scale=layer.layer_scale1,
         drop_path=drop_path,
-        drop_ratio=getattr(drop_path, "drop_prob", 0.0),
+        drop_ratio=ratio_of(drop_path),
         inner=inner,
         parts=parts_of(layer, _ATTENTION),
         difference=difference,
@@ -116,7 +122,7 @@ def _feed_forward_half(layer: Any) -> HalfBlock:
         gamma=getattr(layer.layer_scale2, "lambda1", None),
         layer_scale=layer.layer_scale2,
         drop_path=drop_path,
-        drop_ratio=getattr(drop_path, "drop_prob", 0.0),
+        drop_ratio=ratio_of(drop_path),
         inner=layers,
         parts=parts_of(layer, _FEED_FORWARD),
         difference="" if gated else gelu_difference(getattr(layers, "activation_fn", None)),

@@ -28,6 +28,15 @@ def layer_of(module: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, getattr(module, name, None))
 
 
+def ratio_of(drop_path: nn.Module) -> float:
+    """The share of samples that timm's or transformers' drop path drops in training.
+
+    Args:
+        drop_path: or the Identity in its place, whose attribute lookup would be slow to fail.
+    """
+    return vars(drop_path).get("drop_prob", 0.0)
+
+
 def parts_of(block: nn.Module, known: Mapping[str, frozenset[str]]) -> tuple[Part, ...]:
     """The modules of a block that a table names.
 

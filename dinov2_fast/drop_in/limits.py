@@ -43,14 +43,6 @@ class Limits:
         saved = num_tokens * channels * (dropped_ratio * channels - COPIES)
         return dropped_ratio > 0 and saved >= self.saved_work
 
-    def may_pay(self, num_tokens: int, channels: int, *, training: bool) -> bool:
-        """Whether any path but the library's can pay, asked before anyone looks at modules."""
-        work = num_tokens * channels**2
-        if training and work >= self.saved_work:
-            return True
-        wanted = self.without_gradients or torch.is_grad_enabled()
-        return wanted and self.owned_pays(num_tokens, channels)
-
 
 # Gathering rows and adding them back moves what this many products a channel take.
 COPIES = 16
@@ -71,10 +63,12 @@ GPU = Limits(owned_tokens=2000, owned_work=2e8, saved_work=4e8)
 
 def limits_of(x: Tensor) -> Limits:
     """The limits that hold for tokens, by their device and what autocast makes of them."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return GPU
-    slow = multiplies_bfloat16_slowly() and compute_dtype(x) == torch.bfloat16
-    return SLOW_BFLOAT16 if slow else FLOAT32
+    # Cheap to ask: names of devices, which other questions take, cost 20 us out of cold caches.
+    if not torch._C._is_any_autocast_enabled() or not multiplies_bfloat16_slowly():
+        return FLOAT32
+    return SLOW_BFLOAT16 if compute_dtype(x) == torch.bfloat16 else FLOAT32
 
 
 @functools.cache

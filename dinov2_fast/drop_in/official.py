@@ -57,6 +57,11 @@ class FastOfficialBlock(FastBlock):
         """See `FastBlock.halves`."""
         return _attention_half(block), _feed_forward_half(block)
 
+    @staticmethod
+    def drop_ratio(block: Any) -> float:
+        """See `FastBlock.drop_ratio`."""
+        return block.sample_drop_ratio
+
 
 def is_official_block(module: nn.Module, kind: type) -> bool:
     """Whether a module, of this class before anything was exchanged, looks like DINOv2's block."""

@@ -18,6 +18,7 @@ from dinov2_fast.drop_in.known_types import (
     gelu_difference,
     layer_of,
     parts_of,
+    ratio_of,
 )
 
 BLOCKS = frozenset({"timm.models.vision_transformer.Block"})
@@ -65,6 +66,11 @@ class FastTimmBlock(FastBlock):
         """See `FastBlock.halves`."""
         return _attention_half(block), _feed_forward_half(block)
 
+    @staticmethod
+    def drop_ratio(block: Any) -> float:
+        """See `FastBlock.drop_ratio`."""
+        return max(ratio_of(block.drop_path1), ratio_of(block.drop_path2))
+
 
 def _attention_half(block: Any) -> HalfBlock:
     attention, drop_path = block.attn, block.drop_path1
@@ -82,7 +88,7 @@ def _attention_half(block: Any) -> HalfBlock:
         gamma=getattr(block.ls1, "gamma", None),
         layer_scale=block.ls1,
         drop_path=drop_path,
-        drop_ratio=getattr(drop_path, "drop_prob", 0.0),
+        drop_ratio=ratio_of(drop_path),
         inner=attention,
         parts=parts_of(block, _ATTENTION),
         difference=difference,
@@ -107,7 +113,7 @@ def _feed_forward_half(block: Any) -> HalfBlock:
         gamma=getattr(block.ls2, "gamma", None),
         layer_scale=block.ls2,
         drop_path=drop_path,
-        drop_ratio=getattr(drop_path, "drop_prob", 0.0),
+        drop_ratio=ratio_of(drop_path),
         inner=layers,
         parts=parts_of(block, _FEED_FORWARD),
         difference=difference,
@@ -118,4 +124,4 @@ def _drop_path_difference(drop_path: nn.Module) -> str:
     """Why a drop path does something else than keep samples and scale them up, or ""."""
     if not getattr(drop_path, "scale_by_keep", True):
         return "drop path does not scale up what it keeps"
-    return "" if getattr(drop_path, "drop_prob", 0.0) < 1 else "drop path drops every sample"
+    return "" if ratio_of(drop_path) < 1 else "drop path drops every sample"
