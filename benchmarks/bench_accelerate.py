@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench_block import saved_bytes
 from benchmarks.harness import CPU_ROW, measure, skip_unless_available
 from benchmarks.shapes import DROP_RATIO, FULL
 from dinov2_fast import accelerate
+from dinov2_fast.bench.saved import saved_bytes
 from dinov2_fast.ops.stochastic_depth import keep_count
 
 PATCH, WIDTH, HEADS = 14, 384, 6  # ViT-S/14

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.harness import CPU_ROW, measure, skip_unless_available
 from benchmarks.shapes import (
@@ -23,6 +23,7 @@ from benchmarks.shapes import (
     crop_groups,
     num_tokens,
 )
+from dinov2_fast.bench.saved import saved_bytes
 from dinov2_fast.nn import Block
 from dinov2_fast.packing import Pack
 
@@ -36,23 +37,6 @@ CASES = [
 ]
 
 pytestmark = CPU_ROW
-
-
-def saved_bytes(layer: nn.Module, run: Any) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without parameters."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = run()  # alive, so that no storage's address is used twice
-    assert out.requires_grad
-    return sum(storages.values())
 
 
 def num_flops(images: int, width: int, drop_ratio: float) -> int:

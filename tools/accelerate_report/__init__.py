@@ -1,0 +1,1 @@
+"""What accelerated blocks would gain on GPUs, modelled: no GPU takes part."""
