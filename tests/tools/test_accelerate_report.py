@@ -14,7 +14,8 @@ from tests.drop_in.their_models import THIRD_PARTY, own_memory_at_any_size
 from tests.inputs import randn
 from tools.accelerate_report import __main__ as command
 from tools.accelerate_report import counting, timing
-from tools.kernel_report.pipes import Work
+from tools.kernel_report import flash_attention
+from tools.kernel_report.pipes import bound
 from tools.simt.report import A100, H100
 
 pytestmark = [pytest.mark.parity, *THIRD_PARTY]
@@ -45,12 +46,6 @@ def counts(library: str, drop_ratio: float, images: int = BATCH, tokens: int = t
 def attended(sequences: int) -> list[tuple[str, tuple[int, ...]]]:
     """Calls of attention in a step of `SMALL`."""
     return [(each, (sequences, 2, timing.TOKENS, 64)) for each in ("forward", "backward")]
-
-
-def attention() -> dict[str, dict[str, list[Work]]]:
-    """Work of our attention, made up: a tenth and a fifth of a millisecond of HBM traffic."""
-    works = {"forward": [Work(0, 0, 0, 0, 0, 1e5)], "backward": [Work(0, 0, 0, 0, 0, 2e5)]}
-    return {gpu.name: works for gpu in (A100, H100)}
 
 
 @pytest.mark.parametrize("drop_ratio", [0.0, 0.4])
@@ -100,7 +95,7 @@ def test_bytes_of_one_operation_are_those_of_its_tensors():
     counted = counting.Counted()
     with counting.without_memory(), counting._Operations(counted):
         x, gamma = torch.empty(3, 8, dtype=torch.bfloat16), torch.empty(8)
-        x * gamma  # read 2 and write 4 bytes each, and gamma
+        _ = x * gamma  # read 2 and write 4 bytes each, and gamma
         assert counted.moved_bytes == 24 * (2 + 4) + 32
         x.t().view(8, 3)
         assert counted.moved_bytes == 24 * (2 + 4) + 32
@@ -108,7 +103,9 @@ def test_bytes_of_one_operation_are_those_of_its_tensors():
         assert counted.moved_bytes == 2 * 24 * (2 + 4) + 32
         torch.stack([x, x])
         assert counted.moved_bytes == 2 * 24 * (2 + 4) + 32 + 24 * (2 + 2 + 4)
-        x @ torch.empty(8, 5, dtype=torch.bfloat16)
+        gamma.expand(3, 8).clone()  # read once
+        assert counted.moved_bytes == 2 * 24 * (2 + 4) + 32 + 24 * (2 + 2 + 4) + 32 + 24 * 4
+        _ = x @ torch.empty(8, 5, dtype=torch.bfloat16)
     assert counted.products == [(2 * 3 * 8 * 5, 2 * (3 * 8 + 8 * 5 + 3 * 5))]
 
 
@@ -167,7 +164,7 @@ def test_seconds_of_known_work():
 def test_more_drop_path_is_less_time_and_memory(library, monkeypatch):
     monkeypatch.setattr(command, "DROP_RATIOS", (0.0, 0.3, 0.5))
 
-    rows = command.made([library], [SMALL], BATCH, attention())
+    rows = command.made([library], [SMALL], BATCH)
 
     for gpu in ("A100", "H100"):
         same = [row for row in rows if row["gpu"] == gpu]
@@ -190,8 +187,6 @@ def test_timms_ratio_grows_and_that_of_transformers_does_not():
 
 def test_the_command_prints_a_row_for_each_gpu(monkeypatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("timm", reason="timm is not installed")
-    monkeypatch.setattr(command, "our_attention", attention)
-    monkeypatch.setattr(command, "why_not", lambda: "")
     monkeypatch.setattr(command, "MODELS", (SMALL,))
 
     assert command.main(["--library", "timm", "--images", "4", "--json"]) == 0
@@ -200,7 +195,8 @@ def test_the_command_prints_a_row_for_each_gpu(monkeypatch, capsys: pytest.Captu
     assert command.main([]) == 0
     printed = capsys.readouterr().out
 
-    assert printed.startswith("Modelled, not measured: the blocks' part of a training step of 4 im")
+    assert printed.startswith("Modelled lower bounds, not measured")
+    assert "a training step of 4 images of 224 px" in printed
     assert [(row["gpu"], row["drop_path"]) for row in rows] == [
         *(("A100", 0.0), ("H100", 0.0), ("A100", 0.4), ("H100", 0.4))
     ]
@@ -210,8 +206,17 @@ def test_the_command_prints_a_row_for_each_gpu(monkeypatch, capsys: pytest.Captu
         assert f"{row['ratio']:.2f}" in line
 
 
-def test_without_nvcc_the_command_says_why(monkeypatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(command, "why_not", lambda: "no nvcc")
+def test_cycles_of_attention_are_those_of_the_page():
+    page = command.KERNELS.read_text(encoding="utf-8")
 
-    assert command.main([]) == 2
-    assert "no nvcc" in capsys.readouterr().err
+    cycles = timing.attention_cycles(page, A100)
+
+    theirs = {
+        direction: bound(flash_attention.COUNTED["FlashAttention-2", direction, "257"], A100)[0]
+        for direction in ("forward", "backward")
+    }
+    for direction, expected in theirs.items():
+        assert cycles["FlashAttention-2", direction] == round(expected)
+        assert 0 < cycles["ours", direction] < expected
+    with pytest.raises(ValueError, match="a row of H100, forward, 257 tokens"):
+        timing.attention_cycles(page.replace("| H100 |", "| H200 |"), H100)

@@ -7,24 +7,20 @@ import json
 import logging
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dinov2_fast.ops.stochastic_depth import keep_count
 from tools.accelerate_report import counting, timing
-from tools.kernel_report.attention_cases import run_attention
-from tools.kernel_report.cases import Case
-from tools.kernel_report.kernels import ARCHS, execute, instances
 from tools.kernel_report.page import table
-from tools.kernel_report.pipes import GPUS, Work
-from tools.simt.native_launch import why_not
+from tools.kernel_report.pipes import GPUS
 
 DROP_RATIOS = (0.0, 0.4)
+KERNELS = Path(__file__).parents[2] / "docs" / "cuda-kernels.md"
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ LIBRARIES: dict[str, tuple[Make, Callable[[float, int], list[float]]]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 2 when our attention cannot be counted here.
+    """Print the report.
 
     Args:
         arguments: words of the command line.
@@ -100,41 +96,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--library", action="append", choices=LIBRARIES, help="default: all")
     parser.add_argument("--model", action="append", choices=[m.name for m in MODELS])
     options = parser.parse_args(arguments)
-    reason = why_not()
-    if reason:
-        print(f"accelerate_report: {reason}", file=sys.stderr)
-        return 2
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # imports of the libraries warn about their own futures
         chosen = [m for m in MODELS if m.name in (options.model or [m.name])]
-        rows = made(options.library or list(LIBRARIES), chosen, options.images, our_attention())
+        rows = made(options.library or list(LIBRARIES), chosen, options.images)
     print(json.dumps(rows, indent=1) if options.json else page(rows), end="")
     return 0
-
-
-def our_attention() -> dict[str, dict[str, list[Work]]]:
-    """GPU -> direction -> work of our attention for one head of `timing.TOKENS` tokens.
-
-    The kernels are compiled, and executed as PTX.
-    """
-    found: dict[str, dict[str, list[Work]]] = {}
-    case = Case(run_attention, (timing.TOKENS,), (torch.bfloat16,))
-    for arch, gpu in zip(ARCHS, GPUS, strict=True):
-        kernels = instances(["attention"], (arch,))
-        execute(kernels, [case], arch)
-        works: dict[str, list[Work]] = defaultdict(list)
-        for each in (each for kernel in kernels for each in kernel.executions):
-            works[each.call].append(each.work)
-        found[gpu.name] = works
-    return found
 
 
 def made(
     libraries: Sequence[str],
     models: Sequence[Model],
     images: int,
-    attention: dict[str, dict[str, list[Work]]],
 ) -> list[dict[str, Any]]:
     """Rows of library, model, drop path, GPU, modelled milliseconds and MiB kept.
 
@@ -142,10 +116,10 @@ def made(
         libraries: of `LIBRARIES`.
         models: of `MODELS`.
         images: B.
-        attention: of `our_attention`.
     """
     rows: list[dict[str, Any]] = []
-    cycles = {gpu: timing.attention_cycles(attention[gpu.name], gpu) for gpu in GPUS}
+    counted_kernels = KERNELS.read_text(encoding="utf-8")
+    cycles = {gpu: timing.attention_cycles(counted_kernels, gpu) for gpu in GPUS}
     for library in libraries:
         make, ratios_of = LIBRARIES[library]
         for model in models:
@@ -206,8 +180,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     ]
     images = rows[0]["images"]
     head = (
-        f"Modelled, not measured: the blocks' part of a training step of {images} images of 224\n"
-        "px under autocast to bf16, lower bounds; tools/accelerate_report/timing.py has the model."
+        "Modelled lower bounds, not measured (tools/accelerate_report/timing.py): the blocks'\n"
+        f"part of a training step of {images} images of 224 px under autocast to bfloat16."
     )
     return f"{head}\n\n{table(header, lines)}"
 

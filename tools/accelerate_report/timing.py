@@ -3,16 +3,16 @@
 Launches follow each other and none costs anything by itself, so times are lower bounds. A matrix
 product takes as long as its operations at `PRODUCT_SHARE` of the tensor cores' rate or its bytes at
 `HBM_SHARE` of the memory's, whichever is longer; everything else but attention takes its bytes.
-Attention takes the cycles that `tools.kernel_report` counts for its kernel, at `ATTENTION_SHARE`.
+Attention takes the cycles of docs/cuda-kernels.md, counted for its kernel, at `ATTENTION_SHARE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 
 from tools.accelerate_report.counting import Counted
-from tools.kernel_report import flash_attention
-from tools.kernel_report.pipes import Work
+from tools.kernel_report.flash_attention import HEAD_DIM
 from tools.simt.report import Gpu
 
 # What cuBLAS commonly reaches for bfloat16 products of some thousand rows, and copies of the HBM.
@@ -27,16 +27,35 @@ TOKENS = 257  # of an image of 224 px: the length that attention was counted at
 AttentionCycles = Mapping[tuple[str, str], float]
 
 
-def attention_cycles(ours: Mapping[str, Sequence[Work]], gpu: Gpu) -> AttentionCycles:
+def attention_cycles(page: str, gpu: Gpu) -> AttentionCycles:
     """Modelled cycles of both attention kernels for a sequence of `TOKENS`.
 
     Args:
-        ours: direction -> work of our launches for one head, compiled for that GPU.
-        gpu: whose rates.
+        page: what `python -m tools.kernel_report` prints.
+        gpu: whose row is read.
+    Raises:
+        ValueError: the page has no such row.
     """
-    works = {(direction, str(TOKENS)): launches for direction, launches in ours.items()}
-    rows = flash_attention.compare(works, gpu)
-    return {(row["kernel"], row["direction"]): row["modelled_cycles"] for row in rows}
+    header = re.search(r"^\| GPU \| direction \| tokens \|.*$", page, re.MULTILINE)
+    columns = _cells(header.group()) if header else []
+    found: dict[tuple[str, str], float] = {}
+    for direction in ("forward", "backward"):
+        line = re.search(rf"^\| {gpu.name} \| {direction} \| {TOKENS} \|.*$", page, re.MULTILINE)
+        if line is None:
+            raise ValueError(
+                f"attention_cycles: expected a row of {gpu.name}, {direction}, {TOKENS} tokens in "
+                "the page; make it anew with python -m tools.kernel_report"
+            )
+        row = dict(zip(columns, _cells(line.group()), strict=True))
+        for kernel in (ORIGINAL_ATTENTION, OUR_ATTENTION):
+            cycles, _, _ = row[kernel].partition(" ")
+            found[kernel, direction] = float(cycles.replace(",", ""))
+    return found
+
+
+def _cells(line: str) -> list[str]:
+    """Cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def seconds(
@@ -55,7 +74,7 @@ def seconds(
     bytes_per_second = gpu.dram_gb_s * 1e9 * HBM_SHARE
     cycles = 0.0
     for direction, (sequences, heads, length, width) in counted.attention:
-        assert (length, width) == (TOKENS, flash_attention.HEAD_DIM)
+        assert (length, width) == (TOKENS, HEAD_DIM)
         cycles += sequences * heads * attention[kernel, direction]
     return {
         "products": sum(
