@@ -214,6 +214,25 @@ def test_lora_layers_are_left(accelerated_first, paths):
     assert paths == [("attention", "plain"), ("gelu", "_run_owned")] * 2
 
 
+@pytest.mark.parametrize("restored", [True, False])
+def test_lora_layers_can_be_merged(restored, paths):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, x = make("timm dinov2"), images("timm dinov2")
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+    )
+    original = copy.deepcopy(wrapped)
+    accelerate(wrapped)
+    if restored:
+        assert restore(wrapped) == 2
+
+    merged, expected = (each.merge_and_unload().requires_grad_() for each in (wrapped, original))
+
+    assert_same_gradients(merged, expected, x)
+    halves = [("attention", "_run_owned"), ("gelu", "_run_owned")]
+    assert paths == ([] if restored else halves * 2)
+
+
 @pytest.mark.parametrize("kind", ["timm dinov2", "hf dinov2"])
 def test_gradient_checkpointing_draws_the_same_samples_again(kind):
     model, x = make(kind, DROP_RATIO), images(kind)

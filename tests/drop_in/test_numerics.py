@@ -135,6 +135,29 @@ def test_under_autocast_to_bfloat16(kind, drop_ratio, monkeypatch, owned):
         assert errors[0] <= 2 * errors[1] + 1e-3, (name, errors)
 
 
+@pytest.mark.parametrize("drop_ratio", [0.0, DROP_RATIO])
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_under_autocast_to_float16_the_librarys_modules_run(kind, drop_ratio, monkeypatch, owned):
+    model, x = make(kind, drop_ratio), images(kind)
+    keep_the_samples_that_subset_keeps(monkeypatch, model)
+    fast = copy.deepcopy(model)
+    accelerate(fast)
+    rows = RowsOfLayers()
+
+    with torch.autocast("cpu", torch.float16):
+        original = outputs_and_gradients(model, x)
+        with rows:
+            found = outputs_and_gradients(fast, x)
+
+    assert not owned
+    assert any(count in (2, 3) for count in rows.seen) == bool(drop_ratio)  # of 5 samples
+    for name, expected in original.items():
+        if drop_ratio == 0:
+            assert torch.equal(found[name], expected), name
+        elif not name.endswith("k_proj.bias"):
+            assert (found[name] - expected).norm() <= 0.01 * max(expected.norm(), 1), name
+
+
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_weights_in_bfloat16_run_as_the_library_wrote_them(kind, owned):
     model, x = make(kind).bfloat16(), images(kind).bfloat16()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast.nn import (
     Block,
@@ -65,6 +67,37 @@ def test_a_list_of_batches_is_one_pack(drop_path, layer):
     assert torch.equal(torch.cat([out.flatten(0, 1) for out in outs]), together)
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_checkpointing_draws_the_same_samples_again(drop_path):
+    nested, batches = block(drop_path=drop_path).train(), [randn(4, 7, 32), randn(3, 2, 32, seed=1)]
+    gradients = []
+
+    for run in (nested, partial(checkpoint, nested, use_reentrant=False)):
+        torch.manual_seed(4)
+        loss = sum(out.square().sum() for out in run(batches))
+        gradients.append(torch.autograd.grad(loss, list(nested.parameters())))
+
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("layer", [Mlp, SwiGLUFFN])
+def test_under_autocast_to_float16(layer):
+    nested, x = block(ffn_layer=layer).train(), randn(3, 5, 32)
+    exact = copy.deepcopy(nested).double()
+    plain = copy.deepcopy(nested)
+    plain.mlp.register_forward_hook(lambda *_: None)  # a hook: module by module, under autograd
+    results = []
+
+    for each, of in ((nested, x), (plain, x), (exact, x.double())):
+        with torch.autocast("cpu", torch.float16, enabled=each is not exact):
+            out = each(of)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(each.parameters()))))
+
+    for found, modules, truth in zip(*results, strict=True):
+        errors = [(each.double() - truth).norm() for each in (found, modules)]
+        assert errors[0] <= 2 * errors[1] + 1e-3 * truth.norm()
+
+
 def test_attention_probabilities_instead_of_the_output():
     nested, x = block().eval(), randn(2, 5, 32)
     batches = [x, randn(1, 3, 32, seed=1)]
@@ -76,6 +109,11 @@ def test_attention_probabilities_instead_of_the_output():
     expected = (q @ k.transpose(-2, -1) / 4).softmax(dim=-1)
     assert (weights - expected).norm() <= 1e-6 * expected.norm()
     assert [each.shape for each in of_list] == [(2, 2, 5, 5), (1, 2, 3, 3)]
+    of_pack = nested(*pack_tokens(batches), return_attention=True)
+    alone = [nested(batch, return_attention=True) for batch in batches]
+    for packed, listed, one in zip(of_pack, of_list, alone, strict=True):
+        assert torch.equal(packed, listed)
+        assert (listed - one).norm() <= 1e-6 * one.norm()
     out = nested.attn.proj((weights @ v).transpose(1, 2).flatten(2))
     assert (out - nested.attn(normed)).norm() <= 1e-6 * out.norm()
 
