@@ -38,8 +38,8 @@ class FastBlock(nn.Module):
         Returns:
             What the library's block returns.
         """
-        # The questions stand in the order of their cost: a small batch, to which every call of
-        # Python is some promille, is asked two. A compiler is not asked for sizes: it would guard.
+        # Cheap questions first: calls of Python cost a toy's batch some promille each. While a
+        # compiler looks on nobody asks for sizes, on which it would put guards.
         if torch.compiler.is_compiling() or (isinstance(x, Tensor) and not self._may_pay(x)):
             return super().forward(x, *args, **options)
         if runs_plainly() or any(
@@ -73,9 +73,8 @@ class FastBlock(nn.Module):
         """Whether any path but the library's can pay, asked before anyone looks at the halves."""
         if x.ndim != 3:
             return False
-        batch_size, num_tokens, channels = x.shape
-        num_tokens *= batch_size
-        least = limits.limits_of(x)
+        batch_size, length, channels = x.shape
+        num_tokens, least = batch_size * length, limits.limits_of(x)
         if (
             least.owned_pays(num_tokens, channels)
             and (least.without_gradients or torch.is_grad_enabled())
