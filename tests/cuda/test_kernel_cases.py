@@ -6,8 +6,6 @@ PTX, the C++ kernels do, which shows that the cases are right.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from dinov2_fast.backends import availability
 from dinov2_fast.errors import BackendUnavailable
 from tests.tolerance import assert_within_error_budget
 from tools.kernel_report.__main__ import CASES
-from tools.kernel_report.cases import Case, as_it_is
+from tools.kernel_report.cases import Case, Place, as_it_is, exactly
 
 CONTENDERS = [
     pytest.param("cpu", "native"),
@@ -47,14 +45,13 @@ def test_every_case_matches_the_reference(stem: str, case: Case, place: str, our
     if reason:
         pytest.skip(reason)
 
-    def calls(types: Any, backend: str) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    def calls(backend: str, inputs: Place = as_it_is) -> list[tuple[str, dict[str, torch.Tensor]]]:
         with torch.device(place):
-            return list(case.run(case.sizes, types, as_it_is, backend))
+            return list(case.run(case.sizes, case.types, inputs, backend))
 
-    low = calls(case.types, "reference")
-    truth = calls((torch.float64,) * len(case.types), "reference")
+    low, truth = calls("reference"), calls("reference", exactly)
     try:
-        found = calls(case.types, ours)
+        found = calls(ours)
     except BackendUnavailable as error:
         assert (place, ours) != ("cuda", "native")  # the cases are made for those kernels
         pytest.skip(str(error))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +17,14 @@ from dinov2_fast.ops.cross_entropy import cross_entropy
 from dinov2_fast.ops.cross_entropy_prototypes import _LOSSES_AND_GRADIENT
 from dinov2_fast.ops.sinkhorn import row_logsumexp, sinkhorn
 from tests.cuda import native_on_ptx
-from tests.cuda.test_native_rows import as_it_is, equal, in_poison
+from tests.cuda.test_native_rows import equal, in_poison
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
+from tools.kernel_report.cases import Place, as_it_is, exactly
 from tools.simt import Fault
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
 
-Place = Callable[[Tensor], Tensor]
 Outputs = dict[str, Tensor]
 Types = tuple[torch.dtype, torch.dtype]
 
@@ -77,10 +76,9 @@ def run_in_place(sizes: tuple[int, int], types: Types, place: Place, backend: st
     rows, prototypes = sizes
     teacher, vectors = teacher_of(sizes, types, place)
     # The scores of a chunk are float32, whatever the type of what they are made of.
-    wide = torch.promote_types(types[0], torch.float32)
-    student = place(scores(rows + 2, prototypes, types[0]).to(wide))
+    student = place(scores(rows + 2, prototypes, types[0]).float())
     teacher_rows = torch.arange(2 * (rows + 2)).view(-1, 2) * 5 % (rows + 1) - 1
-    weights = randn(rows + 2, seed=3).to(wide)
+    weights = randn(rows + 2, seed=3).to(student.dtype)
     losses = _LOSSES_AND_GRADIENT[backend](
         student, teacher, *vectors, teacher_rows, weights, 0.1, 0.05
     )
@@ -110,18 +108,9 @@ def teacher_of(
     """
     log_u = randn(sizes[1], seed=2, scale=0.1)
     log_v = -torch.logsumexp(scores(*sizes, torch.float32, seed=1) / 0.05 + log_u, dim=1)
-    wide = torch.promote_types(types[1], torch.float32)
-    return place(scores(*sizes, types[1], seed=1)), (log_u.to(wide), log_v.to(wide))
-
-
-def rounded_to(types: Types) -> Place:
-    """Places float64 matrices with the values that they have in the types of a run."""
-    kinds = iter(types)
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.to(next(kinds)).double()
-
-    return place
+    teacher = place(scores(*sizes, types[1], seed=1))
+    wide = torch.promote_types(teacher.dtype, torch.float32)
+    return teacher, (log_u.to(wide), log_v.to(wide))
 
 
 def execute(
@@ -135,9 +124,7 @@ def execute(
 def assert_matches_reference(op: str, sizes: tuple[int, int], types: Types, out: Outputs) -> None:
     """Errors are within twice those of the reference, which computes in float32 too."""
     low = OPS[op](sizes, types, as_it_is, "reference")
-    # The teacher is placed first.
-    place = rounded_to((types[1], types[0]))
-    truth = OPS[op](sizes, (torch.float64, torch.float64), place, "reference")
+    truth = OPS[op](sizes, types, exactly, "reference")
     for name, tensor in out.items():
         assert_within_error_budget(
             tensor, low_precision=low[name], truth=truth[name], name=f"{op}.{name}"

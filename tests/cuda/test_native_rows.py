@@ -23,7 +23,7 @@ from dinov2_fast.ops.stochastic_depth import (
 from dinov2_fast.ops.swiglu import swiglu
 from tests.cuda import native_on_ptx
 from tests.tolerance import assert_within_error_budget
-from tools.kernel_report.cases import Place, as_it_is, normal
+from tools.kernel_report.cases import Place, as_it_is, exactly, normal
 from tools.kernel_report.row_cases import (
     STREAM_AND_BRANCH,
     kept_rows,
@@ -88,7 +88,7 @@ def execute(
 def assert_matches_reference(op: str, sizes: tuple[int, int], types: Any, out: Outputs) -> None:
     """Errors are within twice those of the reference in the same types."""
     low = called(op, sizes, types, as_it_is, "reference")
-    truth = called(op, sizes, (torch.float64, torch.float64), as_it_is, "reference")
+    truth = called(op, sizes, types, exactly, "reference")
     for name, tensor in out.items():
         assert_within_error_budget(
             tensor, low_precision=low[name], truth=truth[name], name=f"{op}.{name}"

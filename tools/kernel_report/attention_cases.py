@@ -23,13 +23,13 @@ def run_attention(
     """Sequences of those lengths with one head: views of one qkv tensor, and of its gradient."""
     pack = Pack.from_lengths(sizes, torch.get_default_device())
     tokens, width = pack.num_tokens, flash_attention.HEAD_DIM
-    q, k, v = normal(tokens, 3, 1, width).to(types[0]).unbind(1)
+    qkv = place(normal(tokens, 3, 1, width).to(types[0]))
+    q, k, v = qkv.unbind(1)
     scale = width**-0.5
     out, lse = attention_forward(q, k, v, pack, scale=scale, backend=backend)
     yield "forward", {"out": out, "lse": lse}
-    d_out = normal(tokens, 1, width, seed=1).to(types[0])
-    d_qkv = torch.empty(tokens, 3, 1, width, dtype=types[0])
-    d_q, d_k, d_v = d_qkv.unbind(1)
+    d_out = place(normal(tokens, 1, width, seed=1).to(types[0]))
+    d_q, d_k, d_v = torch.empty_like(qkv).unbind(1)
     attention_backward(
         d_out,
         *(q, k, v, lse, pack),

@@ -1,7 +1,7 @@
 """What a case of the report is: one run of an op's calls, on any backend and in any types.
 
-Native calls launch the kernels of the report; the reference in float64 is the truth about their
-errors, and in the case's types it says which errors those types make.
+Native calls launch the kernels of the report; the reference on the same inputs in float64 is the
+truth about their errors, and in the case's types it says which errors those types make.
 """
 
 from __future__ import annotations
@@ -45,3 +45,8 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 def as_it_is(tensor: Tensor) -> Tensor:
     """A matrix whose rows follow each other."""
     return tensor.clone()
+
+
+def exactly(tensor: Tensor) -> Tensor:
+    """The values that a matrix has in the types of a case, for a truth to be computed from."""
+    return tensor.double()

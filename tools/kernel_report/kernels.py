@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tools.kernel_report.cases import Case, as_it_is
+from tools.kernel_report.cases import Case, as_it_is, exactly
 from tools.kernel_report.machine_code import MachineCode, machine_code
 from tools.kernel_report.pipes import Work, modelled, work_of
 from tools.simt import Result
@@ -122,8 +121,7 @@ def execute(found: Sequence[Instance], cases: Iterable[Case], arch: int) -> None
     by_name = {(each.name, each.arch): each for each in found}
     for case in cases:
         low = list(case.run(case.sizes, case.types, as_it_is, "reference"))
-        exact = (torch.float64,) * len(case.types)
-        truth = list(case.run(case.sizes, exact, as_it_is, "reference"))
+        truth = list(case.run(case.sizes, case.types, exactly, "reference"))
         with native_on_ptx(arch, profile=True) as results:
             calls = case.run(case.sizes, case.types, as_it_is, "native")
             for (call, expected), (_, wanted) in zip(low, truth, strict=True):

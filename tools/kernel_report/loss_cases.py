@@ -16,7 +16,8 @@ def run_sinkhorn(sizes: tuple[int, int], types: Types, place: Place, backend: st
     logits = place(normal(*sizes).to(types[0]))
     log_u, log_v = sinkhorn(logits, temperature=0.5, num_iterations=1, backend=backend)
     yield "round", {"log_u": log_u, "log_v": log_v}
-    yield "rows", {"lse": row_logsumexp(logits, log_u, temperature=0.5, backend=backend)}
+    terms = normal(sizes[1], seed=1).to(log_u.dtype)
+    yield "rows", {"lse": row_logsumexp(logits, terms, temperature=0.5, backend=backend)}
 
 
 def run_cross_entropy(sizes: tuple[int, int], types: Types, place: Place, backend: str) -> Calls:
@@ -24,15 +25,15 @@ def run_cross_entropy(sizes: tuple[int, int], types: Types, place: Place, backen
     rows, prototypes = sizes
     student = place(normal(rows, prototypes).to(types[0])).requires_grad_()
     teacher = place(normal(rows, prototypes, seed=1).to(types[1]))
-    wide = torch.promote_types(types[0], torch.float32)
-    scores = teacher.to(wide)
-    log_u = normal(prototypes, seed=2, scale=0.1).to(wide)
-    log_v = -(scores / 0.5 + log_u).logsumexp(1)
+    # The vectors have the same values whatever the types, or they would not be a truth's.
+    log_u = normal(prototypes, seed=2, scale=0.1)
+    log_v = -(teacher.float() / 0.5 + log_u).logsumexp(1)
+    wide = torch.promote_types(student.dtype, torch.float32)
     loss = cross_entropy(
         student,
         teacher,
-        log_u,
-        log_v,
+        log_u.to(wide),
+        log_v.to(wide),
         teacher_rows=torch.arange(rows).flip(0),
         student_temperature=0.5,
         teacher_temperature=0.5,
@@ -58,13 +59,14 @@ def run_optimizer(sizes: tuple[int, ...], types: Types, place: Place, backend: s
     Types are those of the parameters and of the copies.
     """
     parameters, gradients, averages, squares, teacher = (
-        [normal(size, seed=seed + 10 * i).to(types[0]) for i, size in enumerate(sizes)]
+        [place(normal(size, seed=seed + 10 * i).to(types[0])) for i, size in enumerate(sizes)]
         for seed in range(5)
     )
     squares = [square.square() for square in squares]
     yield "norm", {"norm": gradient_norm(gradients, backend=backend)}
     copies, teacher_copies = (
-        [torch.empty_like(parameter, dtype=types[1]) for parameter in parameters] for _ in range(2)
+        [place(torch.zeros_like(parameter, dtype=types[1])) for parameter in parameters]
+        for _ in range(2)
     )
     adamw_ema_step(
         *(parameters, gradients, averages, squares, teacher),

@@ -40,17 +40,23 @@ def run_layer_norm(sizes: tuple[int, int], types: Types, place: Place, backend: 
     rows, width = sizes
     x = place((normal(2 * rows, width, scale=3.0) + 2).to(types[0]))
     dx = place(normal(2 * rows, width, seed=5).to(types[0]))
-    wide = torch.promote_types(types[0], torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
     weight = (1 + normal(width, seed=1, scale=0.1)).to(wide)
-    bias = normal(width, seed=2, scale=0.1).to(wide)
+    # Of few bits: a row of one channel is its bias, and one that is rounded has a gradient.
+    bias = normal(width, seed=2, scale=0.1).to(types[1]).to(wide)
     kept = kept_rows(rows)
     dy = place(normal(rows, width, seed=3).to(types[1]))
     y, rstd = layer_norm_forward(
-        x, weight, bias, eps=1e-6, out_dtype=types[1], rows=kept, backend=backend
+        x, weight, bias, eps=1e-6, out_dtype=dy.dtype, rows=kept, backend=backend
     )
-    yield "forward", {"y": y}
+    yield "forward", {"y": y, "rstd": rstd}
+    # The backward is given the same output whatever has computed it.
+    inputs = (tensor.double() for tensor in (x, weight, bias))
+    y, rstd = layer_norm_forward(*inputs, eps=1e-6, rows=kept, backend="reference")
     dweight, dbias = layer_norm_backward_(
-        dx, dy, place(y), rstd, weight, bias, rows=kept, backend=backend
+        *(dx, dy, place(y.to(types[1])), rstd.float().to(wide), weight, bias),
+        rows=kept,
+        backend=backend,
     )
     yield "backward", {"dx": dx, "dweight": dweight, "dbias": dbias}
 
@@ -61,12 +67,12 @@ def run_stochastic_depth(sizes: tuple[int, int], types: Types, place: Place, bac
     x = place(normal(2 * rows, width).to(types[0]))
     residual = place(normal(rows, width, seed=1).to(types[1]))
     scale = 1 + normal(rows, seed=2).square()
-    gamma = normal(width, seed=3).to(types[1])
+    gamma = normal(width, seed=3).to(types[1]).to(residual.dtype)
     kept = kept_rows(rows)
     scatter_add_scaled_(x, residual, kept, scale, gamma, backend=backend)
     yield "scatter", {"x": x}
     dx = place(normal(2 * rows, width, seed=4).to(types[0]))
-    g, sums = gather_scaled(dx, kept, scale, out_dtype=types[1], backend=backend)
+    g, sums = gather_scaled(dx, kept, scale, out_dtype=residual.dtype, backend=backend)
     yield "gather", {"g": g, "sums": sums}
 
 
