@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import dinov2_fast.kernels
@@ -18,7 +19,7 @@ for module in pkgutil.iter_modules(dinov2_fast.kernels.__path__):
     importlib.import_module(f"dinov2_fast.kernels.{module.name}")
 # After the kernels were made for a GPU: now the ops believe that the CPU interprets them.
 os.environ["TRITON_INTERPRET"] = "1"
-TABLES: dict[int, list[Any]] = {}
+TABLES: dict[int, Sequence[Any]] = {}
 _running = triton_on_cpu(int(os.environ.get("SIMT_ARCH", "80")), tables=TABLES)
 RESULTS = _running.__enter__()
 
@@ -33,10 +34,8 @@ def _tile_of_a_gpu(q: Any, *args: Any, **options: Any) -> dict[str, Any]:
 def _known_table(lists: Any, **options: Any) -> Any:
     """The optimizer's table, with a note of the tensors whose addresses it holds."""
     table = _table_of(lists, **options)
-    tensors = [tensor for listed in lists for tensor in listed]
-    numbers = table.numbers.tolist()[len(tensors) :]
     TABLES.clear()
-    TABLES[table.numbers.data_ptr()] = [0 if x is None else x for x in tensors] + numbers
+    TABLES[table.numbers.data_ptr()] = table.tensors
     return table
 
 

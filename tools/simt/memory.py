@@ -5,6 +5,8 @@ Constants, module variables and kernel parameters live in the arena too.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ GLOBAL_BASE = 1 << 36
 SHARED_WINDOW = 1 << 48  # generic addresses of shared memory
 LOCAL_WINDOW = 1 << 49  # generic addresses of a thread's own memory
 GAP = 512  # bytes nobody owns on both sides of an allocation
+MOST_COPIED = 1 << 30  # bytes of a storage that is copied whole
 
 
 class Output:
@@ -36,6 +39,21 @@ def as_bytes(array: Any) -> np.ndarray:
     if not array.flags.c_contiguous:
         raise ValueError("simt: arrays must be contiguous")
     return array.reshape(-1).view(np.uint8)
+
+
+def pieces_of(tensor: Any) -> Iterator[Any]:
+    """What a kernel may touch through a CPU tensor, as contiguous tensors.
+
+    That is its whole storage, and of one too large to copy the tensor's own rows.
+    """
+    import torch
+
+    storage = tensor.untyped_storage()
+    if storage.nbytes() <= MOST_COPIED:
+        yield torch.empty(0, dtype=torch.uint8).set_(storage)
+        return
+    for row in itertools.product(*map(range, tensor.shape[:-1])):
+        yield tensor[row]
 
 
 class Device:
@@ -122,6 +140,11 @@ class Device:
         self.arrays.append((content, offset))
         rows = [*self.adopted.tolist(), [begin, begin + size, offset - begin]]
         self.adopted = np.array(sorted(rows), np.int64)
+
+    def adopt_tensor(self, tensor: Any, name: str) -> None:
+        """Let kernels use a CPU tensor at the address that it has in this process."""
+        for piece in pieces_of(tensor):
+            self.adopt(piece, name)
 
     def offsets_of(self, addresses: np.ndarray) -> np.ndarray:
         """Places in the arena of addresses, in or out of an allocation."""

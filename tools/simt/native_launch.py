@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dinov2_fast import backends, native
@@ -61,8 +60,7 @@ def native_on_ptx(
         device = simt.Device()
         named = {**tensors, **{f"reached {i}": tensor for i, tensor in enumerate(reached)}}
         for label, tensor in named.items():
-            storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-            device.adopt(storage, label)
+            device.adopt_tensor(tensor, label)
         for kernel, grid, block, shared_bytes, params in launches:
             ptx, entry = entry_of(name, kernel, arch)
             ptx = ptx if edit is None else edit(ptx)

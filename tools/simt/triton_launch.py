@@ -26,8 +26,7 @@ def triton_on_cpu(
 
     Args:
         arch: 80 or 90.
-        tables: tensors that kernels find by their addresses in a table: the table's `data_ptr()`
-            -> for each of its elements the tensor whose address it is, or the number that it is.
+        tables: tensors that kernels find by their addresses in a table, by its `data_ptr()`.
         launch_options: of simt.launch: checks, schedule, profile.
     Yields:
         The results of all launches so far.
@@ -95,22 +94,10 @@ def _compile(
 
 
 def _argument(value: Any, device: Device, name: str, tables: Mapping[int, Sequence[Any]]) -> Any:
-    """What a kernel is given for an argument; of a table, one with the device's addresses."""
+    """What a kernel is given for an argument, whose memory it may now use."""
     if not hasattr(value, "untyped_storage"):
         return value
-    tensors = tables.get(value.data_ptr())
-    if tensors is None:
-        return np.uint64(_address(value, device, name))
-    there = [
-        x if isinstance(x, int) else _address(x, device, f"{name}[{i}]")
-        for i, x in enumerate(tensors)
-    ]
-    return np.array(there, np.uint64)
-
-
-def _address(tensor: Any, device: Device, name: str) -> int:
-    """Where a tensor's first element is in a copy of its storage."""
-    import torch
-
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    return device.pointer(whole, name) + tensor.storage_offset() * tensor.element_size()
+    device.adopt_tensor(value, name)
+    for place, tensor in enumerate(tables.get(value.data_ptr(), ())):
+        device.adopt_tensor(tensor, f"{name}[{place}]")
+    return np.uint64(value.data_ptr())

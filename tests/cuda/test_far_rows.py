@@ -1,0 +1,192 @@
+"""Offsets past 32 bits: every CUDA and Triton kernel on matrices whose rows lie far apart.
+
+Rows are in memory that exists only where it is touched, at their own addresses. An offset that is
+cut to 32 bits, signed or not, is an access out of bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast import environment
+from dinov2_fast.ops import _native_cuda, _optimizer_cuda, _optimizer_triton
+from dinov2_fast.ops._optimizer_table import Table, table_of
+from tests.cuda import native_on_ptx
+from tests.cuda.triton_calls import CALLS, Make, gelu
+from tests.inputs import randn
+from tools.kernel_report.attention_cases import run_attention, run_in_order
+from tools.kernel_report.cases import Run, as_it_is
+from tools.kernel_report.loss_cases import (
+    run_cross_entropy,
+    run_koleo,
+    run_optimizer,
+    run_sinkhorn,
+)
+from tools.kernel_report.row_cases import (
+    STREAM_AND_BRANCH,
+    run_gelu,
+    run_layer_norm,
+    run_stochastic_depth,
+    run_swiglu,
+)
+from tools.simt.triton_launch import triton_on_cpu
+
+ROW_STRIDE = 2**30 + 64  # elements: the third row is past 31 bits, the fifth past 32
+ROWS = 5
+LONG = 2**32  # elements before a chunk of a long tensor; whole chunks
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; Python names it from 3.11 on
+
+needs_native = pytest.mark.skipif(
+    bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not() or "-"
+)
+
+
+def far_apart(tensor: Tensor) -> Tensor:
+    """A copy whose rows are ROW_STRIDE apart; of a vector, one like it."""
+    if tensor.ndim < 2:
+        return tensor.clone()
+    num_bytes = len(tensor) * ROW_STRIDE * tensor.element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, num_bytes, flags), dtype=tensor.dtype)
+    return memory.as_strided(tensor.shape, (ROW_STRIDE, *tensor.stride()[1:])).copy_(tensor)
+
+
+@contextlib.contextmanager
+def rows_far_apart() -> Iterator[None]:
+    """Inside `native_on_ptx`: every matrix that has a stride reaches the kernels far apart."""
+    execute = _native_cuda.call
+
+    def call(name: str, plain: Any, tensors: Any, reached: Any) -> None:
+        plain, tensors = dict(plain), dict(tensors)
+        moved: dict[int, tuple[Tensor, Tensor]] = {}  # by address: in place stays in place
+        for key, tensor in tensors.items():
+            stride = "row_stride" if key == "logits" else f"{key}_row_stride"
+            if stride in plain:
+                there = moved.setdefault(tensor.data_ptr(), (tensor, far_apart(tensor.detach())))
+                tensors[key], plain[key], plain[stride] = there[1], there[1].data_ptr(), ROW_STRIDE
+        assert moved or "koleo_backward" in name
+        execute(name, plain, tensors, reached)
+        for tensor, there in moved.values():
+            tensor.detach().copy_(there)
+
+    _native_cuda.call = call
+    try:
+        yield
+    finally:
+        _native_cuda.call = execute
+
+
+def long_table_of(lists: Sequence[Sequence[Tensor | None]], *, chunk: int) -> Table:
+    """The table of lists whose first tensors begin LONG elements before those that are given.
+
+    CTAs are of the last chunks alone: the first one's number is counted from below zero.
+    """
+    table = table_of(lists, chunk=chunk)
+    *addresses, sizes, first_chunks = table.numbers.clone().view(-1, table.num_tensors)
+    for listed, of_list in zip(lists, addresses, strict=True):
+        if listed[0] is not None:
+            of_list[0] -= LONG * listed[0].element_size()
+    sizes[0] += LONG
+    first_chunks[0] -= LONG // chunk
+    return dataclasses.replace(table, numbers=torch.cat([*addresses, sizes, first_chunks]))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
+
+
+def outputs(run: Run, sizes: tuple[int, ...], types: Any) -> list[Tensor]:
+    """What the CUDA kernels of a run's calls returned."""
+    calls = run(sizes, types, as_it_is, "native")
+    return [tensor for _, found in calls for tensor in found.values()]
+
+
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+SLOW = pytest.mark.slow
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("run", "sizes", "types"),
+    [
+        *(
+            # In vectors, and a prime width in elements.
+            pytest.param(run, (ROWS, width), types, id=f"{run.__name__}-{width}")
+            for width in (72, 61)
+            for run, types in {
+                run_layer_norm: STREAM_AND_BRANCH[0],
+                run_stochastic_depth: STREAM_AND_BRANCH[0],
+                run_gelu: STREAM_AND_BRANCH[0],
+                run_swiglu: STREAM_AND_BRANCH[0],
+                run_sinkhorn: (HALF,),
+                run_cross_entropy: (FLOAT, HALF),
+                run_koleo: (FLOAT,),
+            }.items()
+        ),
+        pytest.param(run_attention, (7,), (BFLOAT,), id="attention"),
+        # More tokens than one kernel takes, by either of the backwards.
+        pytest.param(run_attention, (265,), (BFLOAT,), id="attention-265", marks=SLOW),
+        pytest.param(run_in_order, (265,), (BFLOAT,), id="attention-265-in-order", marks=SLOW),
+    ],
+)
+def test_cuda_kernels_find_rows_that_are_far_apart(run: Run, sizes: tuple[int, ...], types: Any):
+    with native_on_ptx.native_on_ptx():
+        near = outputs(run, sizes, types)
+        with rows_far_apart():
+            far = outputs(run, sizes, types)
+    assert all(map(same_bits, near, far))
+
+
+@needs_native
+def test_cuda_kernels_find_chunks_far_into_a_tensor(monkeypatch: pytest.MonkeyPatch):
+    case = run_optimizer, (_optimizer_cuda.CHUNK + 5, 61), (FLOAT, BFLOAT)
+    with native_on_ptx.native_on_ptx():
+        near = outputs(*case)
+        monkeypatch.setattr(_optimizer_cuda, "table_of", long_table_of)
+        far = outputs(*case)
+    assert all(map(same_bits, near, far))
+
+
+@pytest.mark.parametrize(
+    "launch", [pytest.param(call, marks=[] if call is gelu else SLOW) for call in CALLS]
+)
+def test_triton_kernels_find_rows_that_are_far_apart(
+    launch: Callable[[Make], None], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("triton")
+    if environment.triton_interpreted():
+        pytest.skip("Triton interprets")
+    tables: dict[int, Sequence[Tensor]] = {}
+
+    def run(place: Callable[[Tensor], Tensor], table: Callable[..., Table]) -> list[Tensor]:
+        seeds, made = itertools.count(), []
+
+        def make(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
+            # A few columns do: of 65536 prototypes the interpreter would take minutes.
+            shape = tuple(min(size, 2048) for size in shape)
+            made.append(place(randn(*shape, seed=next(seeds)).to(dtype)))
+            return made[-1]
+
+        def known(lists: Any, *, chunk: int) -> Table:
+            found = table(lists, chunk=chunk)
+            tables[found.numbers.data_ptr()] = found.tensors
+            return found
+
+        monkeypatch.setattr(_optimizer_triton, "table_of", known)
+        launch(make)
+        return made
+
+    with triton_on_cpu(80, tables=tables) as results:
+        near = run(torch.clone, table_of)
+        far = run(far_apart, long_table_of)
+    assert len(results) == 2 * CALLS[launch]
+    assert all(map(same_bits, near, far))
