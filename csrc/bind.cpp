@@ -29,10 +29,11 @@ PYBIND11_MODULE(_native, m) {
       [] {
         py::list launches;
         for (const auto& l : dinov2_fast::LaunchRecorder::of_process().take())
-          launches.append(
-              py::make_tuple(l.kernel, l.grid, l.block, l.shared_bytes, py::bytes(l.params)));
+          launches.append(py::make_tuple(l.kernel, l.grid, l.block, l.shared_bytes,
+                                         py::bytes(l.params), l.device, l.stream));
         return launches;
       },
-      "What was noted since the last call: (kernel, grid, block, shared bytes, Params) each.");
+      "What was noted since the last call: (kernel, grid, block, shared bytes, Params, device, "
+      "stream).");
   bind_every_op(m);
 }

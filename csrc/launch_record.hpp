@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -16,6 +17,8 @@ struct RecordedLaunch {
   std::array<unsigned, 3> block;
   size_t shared_bytes;
   std::string params; // the bytes of the kernel's only parameter
+  uintptr_t stream;
+  int device = -1; // current when it was launched; -1: no guard made one current
 };
 
 class LaunchRecorder {
@@ -33,11 +36,19 @@ public:
   void turn(bool on) {
     const std::lock_guard<std::mutex> lock(mutex_);
     on_ = on;
+    device_ = -1;
     launches_.clear();
+  }
+
+  // In place of CUDA's current device; returns the one before.
+  int exchange_device(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(device_, device);
   }
 
   void note(RecordedLaunch launch) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    launch.device = device_;
     launches_.push_back(std::move(launch));
   }
 
@@ -49,6 +60,7 @@ public:
 private:
   std::mutex mutex_;
   bool on_ = false;
+  int device_ = -1;
   std::vector<RecordedLaunch> launches_;
 };
 

@@ -26,6 +26,7 @@ from tools.simt.program import Inst
 from tools.simt.proofs.deletions import synchronises, without
 
 ROOT = Path(__file__).parents[2]
+_DEVICE, _STREAM = 3, 0x5EED  # which nobody gets who forgets to say where to launch
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
@@ -53,7 +54,7 @@ def native_on_ptx(
         module = native.module()
         module.record_launches_cuda(True)
         try:
-            getattr(module, name)(**plain, device=0, stream=0)
+            getattr(module, name)(**plain, device=_DEVICE, stream=_STREAM)
             launches = module.take_launches_cuda()
         finally:
             module.record_launches_cuda(False)
@@ -61,7 +62,10 @@ def native_on_ptx(
         named = {**tensors, **{f"reached {i}": tensor for i, tensor in enumerate(reached)}}
         for label, tensor in named.items():
             device.adopt_tensor(tensor, label)
-        for kernel, grid, block, shared_bytes, params in launches:
+        for kernel, grid, block, shared_bytes, params, *where in launches:
+            if where != [_DEVICE, _STREAM]:
+                told = f"expected device {_DEVICE} and stream {_STREAM}, got {where}"
+                raise RuntimeError(f"native_on_ptx: {name} launched elsewhere: {told}")
             ptx, entry = entry_of(name, kernel, arch)
             ptx = ptx if edit is None else edit(ptx)
             result = simt.launch(

@@ -13,8 +13,12 @@ namespace dinov2_fast {
 class DeviceGuard {
 public:
   explicit DeviceGuard(int device) {
-    if (LaunchRecorder::of_process().is_on())
+    LaunchRecorder& recorder = LaunchRecorder::of_process();
+    recorded_ = recorder.is_on();
+    if (recorded_) {
+      before_ = recorder.exchange_device(device);
       return;
+    }
     status_ = cudaGetDevice(&before_);
     if (status_ == cudaSuccess && before_ != device) {
       status_ = cudaSetDevice(device);
@@ -22,6 +26,8 @@ public:
     }
   }
   ~DeviceGuard() {
+    if (recorded_)
+      LaunchRecorder::of_process().exchange_device(before_);
     if (changed_)
       cudaSetDevice(before_);
   }
@@ -33,6 +39,7 @@ public:
 private:
   int before_ = 0;
   bool changed_ = false;
+  bool recorded_ = false;
   cudaError_t status_ = cudaSuccess;
 };
 

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 #include <type_traits>
 #include <typeinfo>
@@ -32,7 +33,8 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stre
                    {grid.x, grid.y, grid.z},
                    {block.x, block.y, block.z},
                    shared_bytes,
-                   std::string(reinterpret_cast<const char*>(&params), sizeof(params))});
+                   std::string(reinterpret_cast<const char*>(&params), sizeof(params)),
+                   reinterpret_cast<uintptr_t>(stream)});
     return cudaSuccess;
   }
   const void* entry = reinterpret_cast<const void*>(kernel);
