@@ -70,6 +70,19 @@ def make_qkv(
     return q, k, v
 
 
+def score_rounding(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> float:
+    """What rounding may leave of the gradients of queries and keys that are 0 in theory.
+
+    The gradient of a score is weight * (d_out . v - sum of d_out * out). With one key out is v, and
+    the difference is of two float32 sums of D equal products, which a GPU adds in different orders.
+    """
+    if q.numel() == 0:
+        return 0.0
+    products = (d_out.double() * v.double()).abs().sum(-1).max()
+    of_score = 2 * v.shape[-1] * torch.finfo(torch.float32).eps * products
+    return float(of_score * scale * torch.stack([q, k]).abs().max())
+
+
 def float_types(op: str, backend: str, device: str) -> tuple[torch.dtype, ...]:
     """Float types that a backend takes on a device, widest first; the reference's are `DTYPES`."""
     place = "cuda" if backend == "triton" else native.place_of(backend, device)

@@ -60,3 +60,15 @@ def test_budget_of_exact_arithmetic_is_one_unit_in_the_last_place():
     assert_within_error_budget(one_off, low_precision=low, truth=truth, name="one")
     with pytest.raises(AssertionError, match="over the budget"):
         assert_within_error_budget(low + 1e-6, low_precision=low, truth=truth, name="one")
+
+
+def test_budget_of_what_cancels_is_what_its_sums_may_be_off_by():
+    zero = torch.zeros(1, dtype=torch.float64)
+    for off, fits in ((1e-6, True), (2e-6, False)):
+        options = {"low_precision": zero.float(), "truth": zero, "cancelled": 1.5e-6}
+        try:
+            assert_within_error_budget(zero.float() + off, name="zero", **options)
+        except AssertionError:
+            assert not fits
+        else:
+            assert fits

@@ -70,7 +70,9 @@ def test_host_code_calls_nothing_that_allocates_or_waits():
     sources = {path: path.read_text() for path in CUDA.rglob("*.cu*")}
     calls = re.compile(r"\bcu(?:da)?[A-Z]\w*(?=\()")
     called = {name for text in sources.values() for name in calls.findall(text)}
-    assert called == {
+    assert "cudaLaunchKernel" in called
+    assert called <= {
+        "cudaDeviceGetAttribute",
         "cudaFuncSetAttribute",
         "cudaGetDevice",
         "cudaGetErrorString",

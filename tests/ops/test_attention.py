@@ -27,6 +27,7 @@ from tests.inputs import (
     leaves,
     make_qkv,
     randn,
+    score_rounding,
 )
 from tests.tolerance import assert_within_error_budget
 
@@ -103,12 +104,15 @@ def test_gradients_match_reference(groups: Groups, dtype: torch.dtype, backend: 
     out = gradients(dtype, attention, backend=backend)
     low_precision = gradients(dtype, attention_reference)
     truth = gradients(torch.float64, attention_reference)
+    rounding = score_rounding(incoming, *qkv, scale=0.25)
     for name, *candidates in zip("qkv", out, low_precision, truth, strict=True):
         assert_within_error_budget(
             candidates[0],
             low_precision=candidates[1],
             truth=candidates[2],
             name=f"attention.d{name}",
+            # One key has a weight of 1, whatever the query.
+            cancelled=0.0 if name == "v" or candidates[2].any() else rounding,
         )
 
 

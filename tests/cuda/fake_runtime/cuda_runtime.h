@@ -8,6 +8,7 @@
 
 enum cudaError_t { cudaSuccess, cudaErrorOfTest };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = struct CUstream_st*;
 
 struct dim3 {
@@ -32,6 +33,11 @@ inline cudaError_t cudaSetDevice(int device) {
   if (answer("set device") == cudaSuccess)
     current_device = device;
   return answer("set device");
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return answer("get attribute");
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {

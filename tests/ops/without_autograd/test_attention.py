@@ -9,7 +9,7 @@ from torch import Tensor
 from dinov2_fast import native
 from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
 from dinov2_fast.packing import Pack
-from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn
+from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn, score_rounding
 from tests.tolerance import assert_within_error_budget
 
 SCALE = 0.25
@@ -63,8 +63,13 @@ def test_equals_the_differentiable_reference(backend, groups, dtype, head_dim):
     truth = by_autograd(q.double(), k.double(), v.double(), d_out.double(), pack)
 
     names = ("out", "d_q", "d_k", "d_v")
+    rounding = score_rounding(d_out, q, k, v, scale=SCALE)
     for name, found, one, exact in zip(names, (out, *gradients), low, truth, strict=True):
-        assert_within_error_budget(found, low_precision=one, truth=exact, name=name)
+        # One key has a weight of 1, whatever the query.
+        cancelled = rounding if name in ("d_q", "d_k") and not exact.any() else 0.0
+        assert_within_error_budget(
+            found, low_precision=one, truth=exact, name=name, cancelled=cancelled
+        )
 
 
 def test_the_reference_is_the_differentiable_one_in_float64():
