@@ -1,14 +1,14 @@
 """Offsets past 32 bits: every CUDA and Triton kernel on matrices whose rows lie far apart.
 
 Rows are in memory that exists only where it is touched, at their own addresses. An offset that is
-cut to 32 bits, signed or not, is an access out of bounds.
+cut to 32 bits, signed or not, is an access out of bounds; so is one by another matrix's stride, as
+no two matrices have the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ from tools.kernel_report.row_cases import (
 )
 from tools.simt.triton_launch import triton_on_cpu
 
-ROW_STRIDE = 2**30 + 64  # elements: the third row is past 31 bits, the fifth past 32
+ROW_STRIDES = range(2**30 + 64, 2**31, 64)  # elements: the third row is past 31 bits, the fifth 32
 ROWS = 5
 LONG = 2**32  # elements before a chunk of a long tensor; whole chunks
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; Python names it from 3.11 on
@@ -50,14 +50,14 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def far_apart(tensor: Tensor) -> Tensor:
-    """A copy whose rows are ROW_STRIDE apart; of a vector, one like it."""
+def far_apart(tensor: Tensor, row_stride: int) -> Tensor:
+    """A copy with rows that far apart, in elements; of a vector, one like it."""
     if tensor.ndim < 2:
         return tensor.clone()
-    num_bytes = len(tensor) * ROW_STRIDE * tensor.element_size()
+    num_bytes = len(tensor) * row_stride * tensor.element_size()
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
     memory = torch.frombuffer(mmap.mmap(-1, num_bytes, flags), dtype=tensor.dtype)
-    return memory.as_strided(tensor.shape, (ROW_STRIDE, *tensor.stride()[1:])).copy_(tensor)
+    return memory.as_strided(tensor.shape, (row_stride, *tensor.stride()[1:])).copy_(tensor)
 
 
 @contextlib.contextmanager
@@ -66,17 +66,18 @@ def rows_far_apart() -> Iterator[None]:
     execute = _native_cuda.call
 
     def call(name: str, plain: Any, tensors: Any, reached: Any) -> None:
-        plain, tensors = dict(plain), dict(tensors)
-        moved: dict[int, tuple[Tensor, Tensor]] = {}  # by address: in place stays in place
-        for key, tensor in tensors.items():
+        plain, far = dict(plain), {}
+        for row_stride, (key, tensor) in zip(ROW_STRIDES, tensors.items(), strict=False):
             stride = "row_stride" if key == "logits" else f"{key}_row_stride"
             if stride in plain:
-                there = moved.setdefault(tensor.data_ptr(), (tensor, far_apart(tensor.detach())))
-                tensors[key], plain[key], plain[stride] = there[1], there[1].data_ptr(), ROW_STRIDE
-        assert moved or "koleo_backward" in name
-        execute(name, plain, tensors, reached)
-        for tensor, there in moved.values():
-            tensor.detach().copy_(there)
+                far[key] = far_apart(tensor.detach(), row_stride)
+                plain |= {key: far[key].data_ptr(), stride: row_stride}
+        assert far or name == "koleo_backward_cuda"
+        execute(name, plain, {**tensors, **far}, reached)
+        for key, there in far.items():
+            # What works in place has one tensor twice, and one of its copies is as it was.
+            if not same_bits(there, tensors[key].detach()):
+                tensors[key].detach().copy_(there)
 
     _native_cuda.call = call
     try:
@@ -167,13 +168,14 @@ def test_triton_kernels_find_rows_that_are_far_apart(
         pytest.skip("Triton interprets")
     tables: dict[int, Sequence[Tensor]] = {}
 
-    def run(place: Callable[[Tensor], Tensor], table: Callable[..., Table]) -> list[Tensor]:
-        seeds, made = itertools.count(), []
+    def run(place: Callable[..., Tensor], table: Callable[..., Table]) -> list[Tensor]:
+        made: list[Tensor] = []
 
         def make(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
             # A few columns do: of 65536 prototypes the interpreter would take minutes.
             shape = tuple(min(size, 2048) for size in shape)
-            made.append(place(randn(*shape, seed=next(seeds)).to(dtype)))
+            numbers = randn(*shape, seed=len(made)).to(dtype)
+            made.append(place(numbers, ROW_STRIDES[len(made)]))
             return made[-1]
 
         def known(lists: Any, *, chunk: int) -> Table:
@@ -186,7 +188,7 @@ def test_triton_kernels_find_rows_that_are_far_apart(
         return made
 
     with triton_on_cpu(80, tables=tables) as results:
-        near = run(torch.clone, table_of)
+        near = run(lambda numbers, _: numbers, table_of)
         far = run(far_apart, long_table_of)
     assert len(results) == 2 * CALLS[launch]
     assert all(map(same_bits, near, far))

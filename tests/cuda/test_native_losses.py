@@ -121,10 +121,12 @@ def execute(
         return OPS[op](sizes, types, place, "native"), results
 
 
-def assert_matches_reference(op: str, sizes: tuple[int, int], types: Types, out: Outputs) -> None:
+def assert_matches_reference(
+    op: str, sizes: tuple[int, int], types: Types, out: Outputs, place: Place = as_it_is
+) -> None:
     """Errors are within twice those of the reference, which computes in float32 too."""
-    low = OPS[op](sizes, types, as_it_is, "reference")
-    truth = OPS[op](sizes, types, exactly, "reference")
+    low = OPS[op](sizes, types, place, "reference")
+    truth = OPS[op](sizes, types, lambda tensor: exactly(place(tensor)), "reference")
     for name, tensor in out.items():
         assert_within_error_budget(
             tensor, low_precision=low[name], truth=truth[name], name=f"{op}.{name}"
@@ -191,6 +193,20 @@ def test_a_thread_that_adds_several_parts_of_a_column_matches_the_reference():
     sizes = 289, 3  # ten parts, the last of one row, which eight rows of threads add
     out, _ = execute("sinkhorn", sizes, TYPES[0])
     assert_matches_reference("sinkhorn", sizes, TYPES[0], out)
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", pytest.param("sinkhorn", marks=pytest.mark.slow)])
+def test_a_row_of_more_parts_than_a_warp_has_lanes_matches_the_reference(op: str):
+    def largest_last(tensor: Tensor) -> Tensor:
+        """The student's scores: from the others to the last is further than exp reaches."""
+        tensor = tensor.clone()
+        if tensor.dtype == torch.float32:
+            tensor[:, -1] += 20
+        return tensor
+
+    sizes = 1, 33 * 2048 + 4  # parts of 2048 columns, which one warp puts together
+    out, _ = execute(op, sizes, TYPES[0], largest_last)
+    assert_matches_reference(op, sizes, TYPES[0], out, largest_last)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import _native_cuda
+from dinov2_fast.ops import _layer_norm_native, _native_cuda
 from dinov2_fast.ops.gelu import gelu
 from dinov2_fast.ops.layer_norm import layer_norm, layer_norm_backward_, layer_norm_forward
 from dinov2_fast.ops.stochastic_depth import (
@@ -217,13 +217,23 @@ def test_rows_too_long_for_four_in_shared_memory_match_the_reference():
     assert_matches_reference("layer_norm", sizes, STREAM_AND_BRANCH[0], out)
 
 
+def test_a_row_of_one_channel_has_no_gradient():
+    # Its output is its bias. What rounding leaves of their difference would be scaled up by rstd.
+    weight, bias = torch.tensor([1.0]), torch.tensor([0.1])
+    dx, dy, y = torch.zeros(1, 1), torch.ones(1, 1).bfloat16(), bias.bfloat16().view(1, 1)
+    with native_on_ptx.native_on_ptx():
+        layer_norm_backward_(dx, dy, y, torch.tensor([1e3]), weight, bias, backend="native")
+    assert dx.item() == 0
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_sums_over_several_rows_of_a_thread_match_the_reference(
     op: str, monkeypatch: pytest.MonkeyPatch
 ):
     # On a GPU more rows than CTAs have tiles take matrices too large to be executed here.
     monkeypatch.setattr(_native_cuda, "_TILE_CTAS", 1)
-    sizes = 19, 24  # three rows for some threads of a tile, two for the others
+    monkeypatch.setattr(_layer_norm_native, "_MAX_PARTIALS", 2)
+    sizes = 19, 264  # three rows for some threads of a tile, two for the others; three warps a row
     out, _ = execute(op, sizes, STREAM_AND_BRANCH[4])
     assert_matches_reference(op, sizes, STREAM_AND_BRANCH[4], out)
 
