@@ -7,10 +7,9 @@ no two matrices have the same.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import environment
-from dinov2_fast.ops import _native_cuda, _optimizer_cuda, _optimizer_triton
+from dinov2_fast.ops import _optimizer_cuda, _optimizer_triton
 from dinov2_fast.ops._optimizer_table import Table, table_of
 from tests.cuda import native_on_ptx
+from tests.cuda.moved_arguments import arguments_moved, same_bits
 from tests.cuda.triton_calls import CALLS, Make, gelu
 from tests.inputs import randn
 from tools.kernel_report.attention_cases import run_attention, run_in_order
@@ -60,32 +60,6 @@ def far_apart(tensor: Tensor, row_stride: int) -> Tensor:
     return memory.as_strided(tensor.shape, (row_stride, *tensor.stride()[1:])).copy_(tensor)
 
 
-@contextlib.contextmanager
-def rows_far_apart() -> Iterator[None]:
-    """Inside `native_on_ptx`: every matrix that has a stride reaches the kernels far apart."""
-    execute = _native_cuda.call
-
-    def call(name: str, plain: Any, tensors: Any, reached: Any) -> None:
-        plain, far = dict(plain), {}
-        for row_stride, (key, tensor) in zip(ROW_STRIDES, tensors.items(), strict=False):
-            stride = "row_stride" if key == "logits" else f"{key}_row_stride"
-            if stride in plain:
-                far[key] = far_apart(tensor.detach(), row_stride)
-                plain |= {key: far[key].data_ptr(), stride: row_stride}
-        assert far or name == "koleo_backward_cuda"
-        execute(name, plain, {**tensors, **far}, reached)
-        for key, there in far.items():
-            # What works in place has one tensor twice, and one of its copies is as it was.
-            if not same_bits(there, tensors[key].detach()):
-                tensors[key].detach().copy_(there)
-
-    _native_cuda.call = call
-    try:
-        yield
-    finally:
-        _native_cuda.call = execute
-
-
 def long_table_of(lists: Sequence[Sequence[Tensor | None]], *, chunk: int) -> Table:
     """The table of lists whose first tensors begin LONG elements before those that are given.
 
@@ -99,10 +73,6 @@ def long_table_of(lists: Sequence[Sequence[Tensor | None]], *, chunk: int) -> Ta
     sizes[0] += LONG
     first_chunks[0] -= LONG // chunk
     return dataclasses.replace(table, numbers=torch.cat([*addresses, sizes, first_chunks]))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
 def outputs(run: Run, sizes: tuple[int, ...], types: Any) -> list[Tensor]:
@@ -121,8 +91,8 @@ SLOW = pytest.mark.slow
     [
         *(
             # In vectors, and a prime width in elements.
-            pytest.param(run, (ROWS, width), types, id=f"{run.__name__}-{width}")
-            for width in (72, 61)
+            pytest.param(run, (ROWS, width), types, id=f"{run.__name__}-{width}", marks=marks)
+            for width, marks in ((72, []), (61, SLOW))
             for run, types in {
                 run_layer_norm: STREAM_AND_BRANCH[0],
                 run_stochastic_depth: STREAM_AND_BRANCH[0],
@@ -133,7 +103,7 @@ SLOW = pytest.mark.slow
                 run_koleo: (FLOAT,),
             }.items()
         ),
-        pytest.param(run_attention, (7,), (BFLOAT,), id="attention"),
+        pytest.param(run_attention, (7,), (BFLOAT,), id="attention", marks=SLOW),
         # More tokens than one kernel takes, by either of the backwards.
         pytest.param(run_attention, (265,), (BFLOAT,), id="attention-265", marks=SLOW),
         pytest.param(run_in_order, (265,), (BFLOAT,), id="attention-265-in-order", marks=SLOW),
@@ -142,8 +112,10 @@ SLOW = pytest.mark.slow
 def test_cuda_kernels_find_rows_that_are_far_apart(run: Run, sizes: tuple[int, ...], types: Any):
     with native_on_ptx.native_on_ptx():
         near = outputs(run, sizes, types)
-        with rows_far_apart():
+        strides = iter(ROW_STRIDES)
+        with arguments_moved(lambda x, has_rows: far_apart(x, next(strides)) if has_rows else None):
             far = outputs(run, sizes, types)
+    assert next(strides) != ROW_STRIDES[0]
     assert all(map(same_bits, near, far))
 
 

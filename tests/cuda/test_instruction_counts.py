@@ -23,7 +23,10 @@ from tools.kernel_report.row_cases import (
     run_swiglu,
 )
 
-pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not()),
+]
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
