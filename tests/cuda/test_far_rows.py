@@ -45,9 +45,7 @@ ROWS = 5
 LONG = 2**32  # elements before a chunk of a long tensor; whole chunks
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; Python names it from 3.11 on
 
-needs_native = pytest.mark.skipif(
-    bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not() or "-"
-)
+needs_native = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
 
 
 def far_apart(tensor: Tensor, row_stride: int) -> Tensor:

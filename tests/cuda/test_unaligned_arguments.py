@@ -35,9 +35,9 @@ def unaligned(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "types", "least"),
     [
+        # One of each way by which run.cuh chooses vectors, and the others.
         (run_stochastic_depth, (FLOAT, BFLOAT), 7),
         (run_gelu, (BFLOAT, BFLOAT), 6),
-        # Those two share all that looks at addresses with the others.
         pytest.param(run_layer_norm, (FLOAT, BFLOAT), 12, marks=SLOW),
         pytest.param(run_swiglu, (BFLOAT, BFLOAT), 6, marks=SLOW),
         pytest.param(run_sinkhorn, (HALF,), 8, marks=SLOW),
@@ -52,11 +52,8 @@ def test_any_one_tensor_alone_may_be_unaligned(run: Run, types: Types, least: in
 
         def move(tensor: Tensor, has_rows: bool) -> Tensor | None:
             del has_rows
-            return (
-                unaligned(tensor)
-                if tensor.is_floating_point() and next(numbers) == chosen
-                else None
-            )
+            counts = tensor.is_floating_point()
+            return unaligned(tensor) if counts and next(numbers) == chosen else None
 
         with native_on_ptx.native_on_ptx(), arguments_moved(move):
             list(run((3, 24), types, as_it_is, "native"))  # whole vectors; else a fault
