@@ -74,7 +74,8 @@ def koleo(make: Make) -> None:
     x, normalised, nearest = make(64, WIDTH), torch.zeros(64, WIDTH), torch.arange(64)
     losses, norms, pulls = make(64), make(64), make(64)
     kernels.forward(x, losses, normalised, norms, nearest, pulls, 1e-8)
-    kernels.backward(losses, normalised, norms, nearest, pulls, make(64, WIDTH), 1e-8)
+    dx = torch.empty_like(normalised)  # which has no stride either
+    kernels.backward(losses, normalised, norms, nearest, pulls, dx, 1e-8)
 
 
 def optimizer(make: Make) -> None:
