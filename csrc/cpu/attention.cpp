@@ -7,8 +7,8 @@
 #include "check.hpp"
 #include "cpu/attention_bf16.hpp"
 #include "cpu/attention_task.hpp"
-#include "cpu/attention_tiles.hpp"
 #include "cpu/bf16_products.hpp"
+#include "cpu/float_products.hpp"
 #include "cpu/rows.hpp"
 #include "keywords.hpp"
 
@@ -31,7 +31,7 @@ struct Sizes {
 };
 
 Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
-  const int64_t columns = padded(keys, lanes);
+  const int64_t columns = round_up(keys, lanes);
   const int64_t rows =
       std::min(std::max<int64_t>(kScoresPerBlock / std::max<int64_t>(columns, 1), 1),
                std::max<int64_t>(queries, 1));
@@ -39,8 +39,8 @@ Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
           keys,
           round_up(head_dim, lanes),
           columns,
-          round_up(keys, kTileRows),
-          round_up(rows, kTileRows)};
+          round_up(keys, kRowStep),
+          round_up(rows, kRowStep)};
 }
 
 // Rows [count, D] times a factor as floats, zeros up to [rows, width].
@@ -64,47 +64,75 @@ template <typename T>
   }
 }
 
-// The same rows across: [D, columns], zeros beyond count.
-template <typename T, int kLanes>
+template <typename T> [[gnu::always_inline]] inline Four load_four(const T* from) {
+  return Four{load(from[0]), load(from[1]), load(from[2]), load(from[3])};
+}
+
+// The same rows across: [D, columns], zeros beyond count. Sixteen columns fill a cache line, which
+// is written whole before the next.
+template <typename T>
 [[gnu::always_inline]] inline void unpack_across(const Heads& from, int64_t head, int64_t first,
                                                  int64_t count, int64_t head_dim, int64_t columns,
                                                  float* to) {
-  for (int64_t begin = 0; begin < columns; begin += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t row = begin + lane;
-      float* out = to + row;
-      if (row >= count) {
-        for (int64_t i = 0; i < head_dim; ++i)
-          out[i * columns] = 0.0f;
-        continue;
+  constexpr int64_t kColumns = 16;
+  const int64_t whole = head_dim / 4 * 4;
+  for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    const int64_t end = std::min(begin + kColumns, columns);
+    for (int64_t i = 0; i < whole; i += 4)
+      for (int64_t column = begin; column < end; column += 4) {
+        Four rows[4];
+        for (int64_t r = 0; r < 4; ++r)
+          rows[r] = column + r < count ? load_four(row_of<T>(from, head, first + column + r) + i)
+                                       : Four{};
+        transpose(rows);
+        for (int64_t r = 0; r < 4; ++r)
+          *reinterpret_cast<Four*>(to + (i + r) * columns + column) = rows[r];
       }
-      const T* in = row_of<T>(from, head, first + row);
-      for (int64_t i = 0; i < head_dim; ++i)
-        out[i * columns] = load(in[i]);
-    }
+    for (int64_t i = whole; i < head_dim; ++i)
+      for (int64_t column = begin; column < end; ++column)
+        to[i * columns + column] =
+            column < count ? load(row_of<T>(from, head, first + column)[i]) : 0.0f;
+  }
+}
+
+// Asks for rows `i` of the next task, while this one computes: heads lie apart, and a processor
+// guesses no row from those before it.
+template <typename T>
+[[gnu::always_inline]] inline void prefetch_next(const Problem& p, const TaskRange& next, int64_t i,
+                                                 bool backward) {
+  if (i < next.num_queries) {
+    prefetch_row(row_of<const T>(p.q, next.head, next.first_query + i), p.head_dim);
+    if (backward)
+      prefetch_row(row_of<const T>(p.out, next.head, next.first_query + i), p.head_dim);
+  }
+  if (i < next.num_keys) {
+    prefetch_row(row_of<const T>(p.k, next.head, next.first_key + i), p.head_dim);
+    prefetch_row(row_of<const T>(p.v, next.head, next.first_key + i), p.head_dim);
   }
 }
 
 template <typename T, typename Isa> struct ForwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
-                                                int64_t) {
+                                                int64_t next_task) {
     const auto [head, first_query, num_queries, first_key, num_keys] = range_of(p, task);
+    const TaskRange next = range_of(p, next_task);
     const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
     float* keys = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values = keys + s.width * s.key_columns;         // [key_rows, width]
     float* queries = values + s.key_rows * s.width;         // [block_rows, width]
     float* outputs = queries + s.block_rows * s.width;
     float* scores = outputs + s.block_rows * s.width; // [block_rows, key_columns]
-    unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
+    unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
     unpack<T>(p.v, head, first_key, s.keys, p.head_dim, 1.0f, s.key_rows, s.width, values);
     for (int64_t begin = 0; begin < s.queries; begin += s.block_rows) {
       const int64_t count = std::min(s.block_rows, s.queries - begin);
-      const int64_t rows = round_up(count, kTileRows);
+      const int64_t rows = round_up(count, kRowStep);
       unpack<T>(p.q, head, first_query + begin, count, p.head_dim, p.scale, rows, s.width, queries);
       multiply<Isa>({queries, s.width, 1}, {keys, 0, s.key_columns}, scores, s.key_columns, rows,
                     s.key_columns, p.head_dim, false);
       float* lse = p.lse + head * p.num_queries + first_query + begin;
       for (int64_t row = 0; row < count; ++row) {
+        prefetch_next<T>(p, next, begin + row, false);
         float largest;
         float* line = scores + row * s.key_columns;
         leave_out(line, s.keys, s.key_columns);
@@ -125,8 +153,9 @@ template <typename T, typename Isa> struct ForwardTask {
 
 template <typename T, typename Isa> struct BackwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
-                                                int64_t) {
+                                                int64_t next_task) {
     const auto [head, first_query, num_queries, first_key, num_keys] = range_of(p, task);
+    const TaskRange next = range_of(p, next_task);
     const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
     float* keys_across = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
     float* values_across = keys_across + s.width * s.key_columns;
@@ -138,16 +167,14 @@ template <typename T, typename Isa> struct BackwardTask {
     float* d_queries = d_outputs + s.block_rows * s.width;
     float* scores = d_queries + s.block_rows * s.width; // [block_rows, key_columns]
     float* d_scores = scores + s.block_rows * s.key_columns;
-    unpack_across<T, Isa::kLanes>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns,
-                                  keys_across);
-    unpack_across<T, Isa::kLanes>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns,
-                                  values_across);
+    unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys_across);
+    unpack_across<T>(p.v, head, first_key, s.keys, p.head_dim, s.key_columns, values_across);
     unpack<T>(p.k, head, first_key, s.keys, p.head_dim, 1.0f, s.key_rows, s.width, keys);
     for (int64_t i = 0; i < 2 * s.key_rows * s.width; ++i)
       d_keys[i] = 0.0f; // and d_values
     for (int64_t begin = 0; begin < s.queries; begin += s.block_rows) {
       const int64_t count = std::min(s.block_rows, s.queries - begin);
-      const int64_t rows = round_up(count, kTileRows), first = first_query + begin;
+      const int64_t rows = round_up(count, kRowStep), first = first_query + begin;
       unpack<T>(p.q, head, first, count, p.head_dim, p.scale, rows, s.width, queries);
       unpack<T>(p.out, head, first, count, p.head_dim, 1.0f, rows, s.width, d_outputs);
       multiply<Isa>({queries, s.width, 1}, {keys_across, 0, s.key_columns}, scores, s.key_columns,
@@ -156,6 +183,7 @@ template <typename T, typename Isa> struct BackwardTask {
                     s.key_columns, rows, s.key_columns, p.head_dim, false);
       const float* lse = p.lse + head * p.num_queries + first;
       for (int64_t row = 0; row < count; ++row) {
+        prefetch_next<T>(p, next, begin + row, true);
         float* line = scores + row * s.key_columns;
         leave_out(line, s.keys, s.key_columns);
         score_gradients<Isa::kLanes>(line, d_scores + row * s.key_columns, s.key_columns, lse[row]);
@@ -249,8 +277,9 @@ void launch(const char* op, const Problem& p, const Work& work) {
     auto* body = task_at<Task, T>(work.level);
     if (p.multiply != nullptr)
       body = at_level<Bf16Task, Problem>(work.level);
-    parallel_tasks(work.sequences * p.heads, work.threads,
-                   [&](int64_t task, int64_t thread) { body(p, task, thread, 0); });
+    parallel_tasks(
+        work.sequences * p.heads, work.threads,
+        [&](int64_t task, int64_t thread, int64_t next) { body(p, task, thread, next); });
   });
 }
 
@@ -268,20 +297,34 @@ constexpr int kMostLanes = Avx512::kLanes;
 int64_t float_scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim,
                              bool backward) {
   const Sizes s = sizes_of(max_queries, max_keys, head_dim, kMostLanes);
-  const int64_t rows = round_up(std::max<int64_t>(max_queries, 1), kTileRows);
-  const int64_t scores =
-      std::min(rows * s.key_columns, kScoresPerBlock + kTileRows * s.key_columns);
+  const int64_t rows = round_up(std::max<int64_t>(max_queries, 1), kRowStep);
+  const int64_t scores = std::min(rows * s.key_columns, kScoresPerBlock + kRowStep * s.key_columns);
   const int64_t across = s.width * s.key_columns, along = s.key_rows * s.width;
   const int64_t floats = backward ? 2 * across + 3 * along + 3 * rows * s.width + 2 * scores
                                   : across + along + 2 * rows * s.width + scores;
   return round_up(floats, kMostLanes);
 }
 
-int64_t scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim, bool backward,
-                       const std::string& dtype, const std::string& level) {
-  const Work work = choose_work("attention_scratch_floats_cpu", dtype, level);
+int64_t longest_of(const int32_t* offsets, int64_t sequences) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < sequences; ++i)
+    longest = std::max<int64_t>(longest, offsets[i + 1] - offsets[i]);
+  return longest;
+}
+
+int64_t scratch_floats(const py::kwargs& a) {
+  constexpr const char* op = "attention_scratch_floats_cpu";
+  const Work work =
+      choose_work(op, keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level"));
+  const auto sequences = keyword<int64_t>(a, "sequences");
+  const auto* query_offsets = pointer<const int32_t>(a, "query_offsets");
+  const auto* key_offsets = pointer<const int32_t>(a, "key_offsets");
+  require_not_negative(op, "sequences", sequences);
+  require_pointer(op, "query_offsets", query_offsets);
+  require_pointer(op, "key_offsets", key_offsets);
   return (work.products == Products::none ? float_scratch_floats : pair_scratch_floats)(
-      max_queries, max_keys, head_dim, backward);
+      longest_of(query_offsets, sequences), longest_of(key_offsets, sequences),
+      keyword<int64_t>(a, "head_dim"), keyword<bool>(a, "backward"));
 }
 
 // What both directions take.
@@ -338,9 +381,8 @@ void attention_backward(const py::kwargs& a) {
 void bind_attention_cpu(py::module_& m) {
   using namespace dinov2_fast;
   m.def("attention_scratch_floats_cpu", &scratch_floats,
-        "Floats of scratch that one thread needs for sequences of at most these lengths.",
-        py::arg("max_queries"), py::arg("max_keys"), py::arg("head_dim"), py::arg("backward"),
-        py::arg("dtype"), py::arg("level"));
+        "Floats of scratch that one thread needs: query_offsets and key_offsets [S + 1] int32; "
+        "sequences, head_dim, backward, dtype, level.");
   m.def("wrong_bf16_products_cpu", &wrong_products,
         "Instruction sets of this processor whose products of bf16 matrices come out wrong.");
   m.def(

@@ -7,7 +7,7 @@
 // in C++, so that every loop and every layout is executed on processors without it.
 #pragma once
 
-#include "cpu/attention_tiles.hpp"
+#include "cpu/float_products.hpp"
 #include "cpu/level.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"

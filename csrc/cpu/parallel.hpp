@@ -26,13 +26,14 @@ void parallel_rows(int64_t rows, int64_t width, int threads, const Body& body) {
     body(rows * i / ranges, rows * (i + 1) / ranges);
 }
 
-// Calls body(task, thread) on every task in [0, tasks), thread being less than `threads`. Each
-// thread takes every n-th task: neighbours, which are alike in size, go to different threads.
+// Calls body(task, thread, next) on every task in [0, tasks), thread being less than `threads`.
+// Each thread takes every n-th task: neighbours, which are alike in size, go to different threads.
+// `next` is the task that the thread takes after this one, or its last one again.
 template <typename Body> void parallel_tasks(int64_t tasks, int64_t threads, const Body& body) {
   const int64_t useful = std::max<int64_t>(std::min(tasks, threads), 1);
   const auto run = [&](int64_t thread) {
     for (int64_t task = thread; task < tasks; task += useful)
-      body(task, thread);
+      body(task, thread, task + useful < tasks ? task + useful : task);
   };
   if (useful == 1) {
     run(0);

@@ -68,10 +68,10 @@ def _arguments(
     """What both kernels take, with memory for every thread."""
     sequences, threads = q_offsets.shape[0] - 1, torch.get_num_threads()
     num_queries, heads, head_dim = q.shape
-    longest = [int(o.diff().max()) if sequences else 0 for o in (q_offsets, k_offsets)]
     floats = native.module().attention_scratch_floats_cpu(
-        max_queries=longest[0],
-        max_keys=longest[1],
+        query_offsets=q_offsets.data_ptr(),
+        key_offsets=k_offsets.data_ptr(),
+        sequences=sequences,
         head_dim=head_dim,
         backward=backward,
         dtype=dtype_name(q),
