@@ -126,7 +126,7 @@ template <bool keep, typename T>
 #pragma omp simd reduction(+ : e_sum, t_sum, product_sum)
   for (int64_t i = 0; i < count; ++i) {
     const float score = (load(x[i]) - largest) * scale;
-    const float e = exp_nonpositive(score), target = targets[i];
+    const float e = exp_normal_or_zero(score), target = targets[i];
     e_sum += e;
     t_sum += target;
     product_sum += target * score;
@@ -178,7 +178,7 @@ template <typename S, typename T>
       S* __restrict out = gradient + k;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        const float softmax = exp_nonpositive(((load(x[i]) - high) - low) * scale);
+        const float softmax = exp_normal_or_zero(((load(x[i]) - high) - low) * scale);
         store(out[i], (softmax * total - targets[i]) * factor);
       }
     }

@@ -20,10 +20,11 @@ struct float16 {
   return bit_cast<float>(bits | (word & 0x8000u) << 16);
 }
 
-// exp(x) for any x, as exact as `exp_nonpositive`; infinity above 88.7. NaN stays NaN.
+// exp(x) for any x, as exact as `exp_normal_or_zero`: 0 where that is, infinity above 88.37. NaN
+// stays NaN.
 [[gnu::always_inline]] inline float exp_any(float x) {
-  constexpr float kLargest = 100.0f; // exp of it is infinity, and 2^n is still a product of floats
-  return exp_nonpositive(x > kLargest ? kLargest : x);
+  constexpr float kLargest = 88.8f; // rounds to 2^128, which is infinity
+  return exp_normal_or_zero(x > kLargest ? kLargest : x);
 }
 
 } // namespace dinov2_fast
