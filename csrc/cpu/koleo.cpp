@@ -1,6 +1,7 @@
 // KoLeo on the CPU: rows scaled to length 1, the nearest other row of each, and the gradient of the
-// distances' logarithms. Every row is one task and its sums have a fixed order, so no bit depends
-// on the number of threads.
+// distances' logarithms. Sums have an order that no number of threads changes; that of a pair's
+// product depends on neither row, so that equal rows tie in every bit.
+#include "cpu/float_products.hpp"
 #include "cpu/rows.hpp"
 #include "keywords.hpp"
 
@@ -14,20 +15,22 @@ namespace py = pybind11;
 namespace dinov2_fast {
 namespace {
 
-constexpr int64_t kQueries = 4, kKeys = 2; // 8 sums of a vector each, and 6 vectors read for them
+constexpr int64_t kMostColumns = 64; // of a panel, on the widest instruction set
 
 struct Params {
-  const float* x;         // [B, C]
-  int64_t x_row_stride;   // elements
-  float* normalised;      // [B, C]
-  float* norms;           // [B], the lengths that rows were divided by, at least eps
-  int64_t* nearest;       // [B]
-  float* losses;          // [B], -log(distance + eps)
-  float* pulls;           // [B], 1 / ((distance + eps) distance); 0 between equal rows
-  const float* gradients; // [B], of the losses
-  float* dx;              // [B, C]
+  const float* x;       // [B, C]
+  int64_t x_row_stride; // elements
+  float* normalised;    // [B, C]
+  float* panels;        // [panels, C, columns], unit rows across; zeros beyond B
+  float* norms;         // [B], the lengths that rows were divided by, at least eps
+  int64_t* nearest;     // [B]
+  float* losses;        // [B], -log(distance + eps)
+  float* loss;          // their mean
+  float* pulls;         // [B], 1 / ((distance + eps) distance); 0 between equal rows
+  float* dx;            // [B, C]
   int64_t rows, channels;
   float eps;
+  float gradient; // of each loss
 };
 
 struct NormaliseKernel {
@@ -50,52 +53,56 @@ struct NormaliseKernel {
   }
 };
 
-// The nearest other row of some queries; they are few, so that their rows stay in the L1 cache.
-struct NearestKernel {
-  // Products of queries with keys; addresses may repeat where there are fewer.
-  [[gnu::always_inline]] static inline void products(const float* const (&q)[kQueries],
-                                                     const float* const (&k)[kKeys],
-                                                     int64_t channels,
-                                                     float (&dots)[kQueries][kKeys]) {
-    const float *q0 = q[0], *q1 = q[1], *q2 = q[2], *q3 = q[3], *k0 = k[0], *k1 = k[1];
-    float s00 = 0, s01 = 0, s10 = 0, s11 = 0, s20 = 0, s21 = 0, s30 = 0, s31 = 0;
-#pragma omp simd reduction(+ : s00, s01, s10, s11, s20, s21, s30, s31)
-    for (int64_t c = 0; c < channels; ++c) {
-      s00 += q0[c] * k0[c];
-      s01 += q0[c] * k1[c];
-      s10 += q1[c] * k0[c];
-      s11 += q1[c] * k1[c];
-      s20 += q2[c] * k0[c];
-      s21 += q2[c] * k1[c];
-      s30 += q3[c] * k0[c];
-      s31 += q3[c] * k1[c];
-    }
-    const float sums[kQueries][kKeys] = {{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}};
-    std::copy(&sums[0][0], &sums[0][0] + kQueries * kKeys, &dots[0][0]);
-  }
+// Rows of a panel side by side, as operands of products that keep a tile of sums in registers.
+template <typename Isa> struct Panels {
+  static constexpr int64_t kColumns = Isa::kLanes * Isa::kVectors;
+  static_assert(kColumns <= kMostColumns, "scratch holds whole panels of the widest set");
 
-  [[gnu::always_inline]] static inline void run(const Params& p, int64_t, int64_t begin,
+  static float* of(const Params& p, int64_t panel) {
+    return p.panels + panel * p.channels * kColumns;
+  }
+};
+
+template <typename Isa> struct AcrossKernel {
+  static constexpr int64_t kColumns = Panels<Isa>::kColumns;
+
+  [[gnu::always_inline]] static inline void run(const Params& p, int64_t panel, int64_t begin,
                                                 int64_t end) {
-    const float* q[kQueries];
-    float best[kQueries];
-    for (int64_t i = 0; i < kQueries; ++i) {
-      q[i] = p.normalised + std::min(begin + i, end - 1) * p.channels;
-      best[i] = -std::numeric_limits<float>::infinity();
-    }
-    for (int64_t i = begin; i < end; ++i)
+    float* to = Panels<Isa>::of(p, panel);
+    for (int64_t c = 0; c < p.channels; ++c)
+      for (int64_t column = 0; column < kColumns; ++column) {
+        const int64_t row = begin + column;
+        to[c * kColumns + column] = row < end ? p.normalised[row * p.channels + c] : 0.0f;
+      }
+  }
+};
+
+// The nearest other row of each row of a panel.
+template <typename Isa> struct NearestKernel {
+  static constexpr int64_t kColumns = Panels<Isa>::kColumns;
+
+  [[gnu::always_inline]] static inline void run(const Params& p, int64_t panel, int64_t begin,
+                                                int64_t end) {
+    alignas(64) float products[kColumns * kColumns];
+    float best[kColumns];
+    for (int64_t i = begin; i < end; ++i) {
+      best[i - begin] = -std::numeric_limits<float>::infinity();
       p.nearest[i] = i == 0 ? 1 : 0; // stays where every product is NaN
-    for (int64_t j = 0; j < p.rows; j += kKeys) {
-      const float* k[kKeys];
-      for (int64_t n = 0; n < kKeys; ++n)
-        k[n] = p.normalised + std::min(j + n, p.rows - 1) * p.channels;
-      float dots[kQueries][kKeys];
-      products(q, k, p.channels, dots);
-      for (int64_t i = 0; i < end - begin; ++i)
-        for (int64_t n = 0; n < kKeys && j + n < p.rows; ++n)
-          if (j + n != begin + i && dots[i][n] > best[i]) { // the lowest number wins a tie
-            best[i] = dots[i][n];
-            p.nearest[begin + i] = j + n;
+    }
+    const float* queries = Panels<Isa>::of(p, panel);
+    for (int64_t first = 0; first < p.rows; first += kColumns) {
+      const float* keys = Panels<Isa>::of(p, first / kColumns);
+      multiply<Isa>({queries, 1, kColumns}, {keys, 0, kColumns}, products, kColumns, kColumns,
+                    kColumns, p.channels, false);
+      const int64_t count = std::min(kColumns, p.rows - first);
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j < count; ++j) {
+          const float product = products[(i - begin) * kColumns + j];
+          if (product > best[i - begin] && first + j != i) { // the lowest number wins a tie
+            best[i - begin] = product;
+            p.nearest[i] = first + j;
           }
+        }
     }
     for (int64_t i = begin; i < end; ++i)
       distance(p, i);
@@ -122,7 +129,7 @@ struct NearestKernel {
 struct GradientKernel {
   [[gnu::always_inline]] static inline void add(const Params& p, float* to, int64_t of,
                                                 float sign) {
-    const float factor = -sign * p.gradients[of] * p.pulls[of];
+    const float factor = -sign * p.gradient * p.pulls[of];
     if (factor == 0.0f)
       return; // between equal rows eps alone has a direction
     const float* __restrict own = p.normalised + of * p.channels;
@@ -176,34 +183,57 @@ Params params_of(const char* op, const py::kwargs& a) {
   return p;
 }
 
+// Unit rows, the nearest of each, and the mean of their losses.
+template <typename Isa> void forward_with(const Params& p, int threads, Level level) {
+  constexpr int64_t kColumns = Panels<Isa>::kColumns;
+  auto* normalise = at_level<NormaliseKernel, Params>(level);
+  auto* across = at_level<AcrossKernel<Isa>, Params>(level);
+  auto* search = at_level<NearestKernel<Isa>, Params>(level);
+  parallel_blocks(p.rows, kColumns, p.channels, threads,
+                  [&](int64_t panel, int64_t begin, int64_t end) {
+                    normalise(p, panel, begin, end);
+                    across(p, panel, begin, end);
+                  });
+  parallel_blocks(p.rows, kColumns, p.rows * p.channels, threads,
+                  [&](int64_t panel, int64_t begin, int64_t end) { search(p, panel, begin, end); });
+  double sum = 0.0;
+  for (int64_t i = 0; i < p.rows; ++i)
+    sum += static_cast<double>(p.losses[i]);
+  *p.loss = static_cast<float>(sum / static_cast<double>(p.rows));
+}
+
 void koleo_forward(const py::kwargs& a) {
   constexpr const char* op = "koleo_forward_cpu";
   Params p = params_of(op, a);
   p.x = pointer<const float>(a, "x");
   p.x_row_stride = keyword<int64_t>(a, "x_row_stride");
   p.losses = pointer<float>(a, "losses");
+  p.loss = pointer<float>(a, "loss");
+  p.panels = pointer<float>(a, "panels");
   require_matrix(op, "x", p.x, p.rows, p.channels, p.x_row_stride, false);
   require_vector(op, "losses", p.losses, p.rows);
+  require_pointer(op, "loss", p.loss);
+  require_pointer(op, "panels", p.panels);
   const Level level = choose_level(op, keyword<std::string>(a, "level"));
   const int threads = keyword<int>(a, "threads");
-  auto* normalise = at_level<NormaliseKernel, Params>(level);
-  auto* search = at_level<NearestKernel, Params>(level);
   const py::gil_scoped_release release;
-  parallel_blocks(p.rows, 1, p.channels, threads, [&](int64_t block, int64_t begin, int64_t end) {
-    normalise(p, block, begin, end);
-  });
-  parallel_blocks(p.rows, kQueries, p.rows * p.channels, threads,
-                  [&](int64_t block, int64_t begin, int64_t end) { search(p, block, begin, end); });
+  if (level >= Level::avx512)
+    forward_with<Avx512>(p, threads, level);
+  else if (level == Level::avx2)
+    forward_with<Avx2>(p, threads, level);
+  else
+    forward_with<Baseline>(p, threads, level);
 }
 
 void koleo_backward(const py::kwargs& a) {
   constexpr const char* op = "koleo_backward_cpu";
   Params p = params_of(op, a);
-  p.gradients = pointer<const float>(a, "gradients");
+  const auto* gradient = pointer<const float>(a, "gradient");
   p.dx = pointer<float>(a, "dx");
-  require_vector(op, "gradients", p.gradients, p.rows);
+  require_pointer(op, "gradient", gradient);
   require_vector(op, "dx", p.dx, p.rows * p.channels);
   require_within(op, "nearest", p.nearest, p.rows, 0, p.rows);
+  p.gradient = static_cast<float>(static_cast<double>(*gradient) / static_cast<double>(p.rows));
   auto* run = at_level<GradientKernel, Params>(choose_level(op, keyword<std::string>(a, "level")));
   const int threads = keyword<int>(a, "threads");
   const py::gil_scoped_release release;
@@ -217,10 +247,10 @@ void koleo_backward(const py::kwargs& a) {
 void bind_koleo_cpu(py::module_& m) {
   using namespace dinov2_fast;
   m.def("koleo_forward_cpu", &koleo_forward,
-        "x [B, C] float32 -> losses, norms, pulls [B], nearest [B] int64, normalised [B, C]; "
-        "x_row_stride, rows, channels, eps, threads, level.");
-  m.def(
-      "koleo_backward_cpu", &koleo_backward,
-      "gradients [B] of the losses and what the forward gave -> dx [B, C] float32; rows, channels, "
-      "eps, threads, level.");
+        "x [B, C] float32 -> their mean loss, losses, norms, pulls [B], nearest [B] int64, "
+        "normalised [B, C]; panels: scratch for B rounded up to 64 rows; x_row_stride, rows, "
+        "channels, eps, threads, level.");
+  m.def("koleo_backward_cpu", &koleo_backward,
+        "gradient [] of the loss and what the forward gave -> dx [B, C] float32; rows, channels, "
+        "eps, threads, level.");
 }

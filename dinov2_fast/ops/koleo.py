@@ -18,6 +18,7 @@ from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, for_triton
 # Parts of the keys that multiprocessors search side by side, and keys of a part at least. Both
 # depend on the batch alone; no result depends on either.
 _MAX_SPLITS, _SPLIT_KEYS = 16, 16
+_PANEL_ROWS = 64  # most rows that lie side by side in the scratch of csrc/cpu/koleo.cpp
 _MAX_TRITON_CHANNELS = 8192  # of kernels/koleo.py, whose backward holds a row whole
 
 
@@ -67,10 +68,10 @@ def koleo(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> Tensor
     chosen = choose_backend("koleo", x, backend, refusals=_refusals(x))
     if x.shape[0] < 2:
         return x[:0].sum()  # keeps the graph, and ignores what the only row holds
+    if chosen != "reference":
+        return _forward(x, eps, chosen)[0]
     with torch.autocast(x.device.type, enabled=False):
-        if chosen == "reference":
-            return koleo_reference(x, eps=eps)
-        return _forward(x, eps, chosen)[0].mean(dtype=torch.float64).to(x.dtype)
+        return koleo_reference(x, eps=eps)
 
 
 def _refusals(x: Tensor) -> dict[str, str]:
@@ -84,14 +85,19 @@ def _refusals(x: Tensor) -> dict[str, str]:
 
 
 def _forward_native(x: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Losses [B], and what the backward needs of the rows; native."""
+    """The loss, and what the backward needs of the rows; native."""
     outputs = _forward_fake(x, eps)
-    losses, normalised, norms, nearest, pulls = outputs
+    loss, normalised, norms, nearest, pulls = outputs
+    rows, channels = x.shape
+    losses = x.new_empty(rows)
     own: dict[str, Argument] = {}
     if on_cuda(x):
-        num_splits = min(-(-x.shape[0] // _SPLIT_KEYS), _MAX_SPLITS)
-        bests = x.new_empty((x.shape[0], num_splits), dtype=torch.int64)
+        num_splits = min(-(-rows // _SPLIT_KEYS), _MAX_SPLITS)
+        bests = x.new_empty((rows, num_splits), dtype=torch.int64)
         own = {"bests": bests, "num_splits": num_splits}
+    else:
+        panels = x.new_empty(-(-rows // _PANEL_ROWS) * _PANEL_ROWS * channels)
+        own = {"panels": panels, "loss": loss}
     run_native(
         "koleo_forward",
         x=x,
@@ -100,17 +106,19 @@ def _forward_native(x: Tensor, eps: float) -> tuple[Tensor, ...]:
         norms=norms,
         nearest=nearest,
         pulls=pulls,
-        rows=x.shape[0],
-        channels=x.shape[1],
+        rows=rows,
+        channels=channels,
         x_row_stride=x.stride(0),
         eps=eps,
         **own,
     )
+    if on_cuda(x):
+        _mean_into(loss, losses)
     return outputs
 
 
 def _backward_native(
-    gradients: Tensor,
+    gradient: Tensor,
     normalised: Tensor,
     norms: Tensor,
     nearest: Tensor,
@@ -119,9 +127,11 @@ def _backward_native(
 ) -> Tensor:
     """Gradient of x; native."""
     dx = torch.empty_like(normalised)
+    own: dict[str, Argument] = (
+        {"gradients": _of_losses(gradient, norms)} if on_cuda(dx) else {"gradient": gradient}
+    )
     run_native(
         "koleo_backward",
-        gradients=gradients.contiguous(),  # autograd expands that of a mean
         normalised=normalised,
         norms=norms,
         nearest=nearest,
@@ -130,22 +140,25 @@ def _backward_native(
         rows=dx.shape[0],
         channels=dx.shape[1],
         eps=eps,
+        **own,
     )
     return dx
 
 
 def _forward_triton(x: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Losses [B], and what the backward needs of the rows; by Triton."""
+    """The loss, and what the backward needs of the rows; by Triton."""
     from dinov2_fast.kernels import koleo as kernels
 
-    losses, normalised, norms, nearest, pulls = outputs = _forward_fake(x, eps)
+    loss, *kept = outputs = _forward_fake(x, eps)
+    losses = x.new_empty(x.shape[0])
     with device_of(x):
-        kernels.forward(x, losses, normalised, norms, nearest, pulls, eps)
+        kernels.forward(x, losses, *kept, eps)
+    _mean_into(loss, losses)
     return outputs
 
 
 def _backward_triton(
-    gradients: Tensor,
+    gradient: Tensor,
     normalised: Tensor,
     norms: Tensor,
     nearest: Tensor,
@@ -157,21 +170,30 @@ def _backward_triton(
 
     dx = torch.empty_like(normalised)
     with device_of(dx):
-        # Autograd expands the gradient of a mean.
-        kernels.backward(gradients.contiguous(), normalised, norms, nearest, pulls, dx, eps)
+        kernels.backward(_of_losses(gradient, norms), normalised, norms, nearest, pulls, dx, eps)
     return dx
 
 
+def _mean_into(loss: Tensor, losses: Tensor) -> None:
+    """Write the mean of the losses [B], summed in float64."""
+    loss.copy_(losses.mean(dtype=torch.float64))
+
+
+def _of_losses(gradient: Tensor, norms: Tensor) -> Tensor:
+    """Gradients [B] of the losses, of whose mean one is given; norms are [B]."""
+    return (gradient.double() / len(norms)).float().expand_as(norms).contiguous()
+
+
 def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Losses [B], unit rows [B, C], lengths [B], nearest rows [B], pulls [B]."""
+    """The loss, unit rows [B, C], lengths [B], nearest rows [B], pulls [B]."""
     rows, channels = x.shape
-    vectors = [x.new_empty(rows) for _ in range(3)]
+    norms, pulls = x.new_empty(rows), x.new_empty(rows)
     nearest = x.new_empty(rows, dtype=torch.int64)
-    return vectors[0], x.new_empty(rows, channels), vectors[1], nearest, vectors[2]
+    return x.new_empty(()), x.new_empty(rows, channels), norms, nearest, pulls
 
 
 def _backward_fake(
-    gradients: Tensor,
+    gradient: Tensor,
     normalised: Tensor,
     norms: Tensor,
     nearest: Tensor,
@@ -182,20 +204,20 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: tuple[Tensor, ...]) -> None:
-    """Keep all but the losses."""
+    """Keep all but the loss."""
     _, ctx.eps, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
-def _gradient(ctx: Any, gradients: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+def _gradient(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
     """Gradients of (x, eps, backend)."""
-    return _backward(gradients, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None
+    return _backward(gradient, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None
 
 
 _KEPT = "Tensor normalised, Tensor norms, Tensor nearest, Tensor pulls"
 _backward = declare(
-    f"koleo_backward(Tensor gradients, {_KEPT}, float eps, str backend) -> Tensor",
+    f"koleo_backward(Tensor gradient, {_KEPT}, float eps, str backend) -> Tensor",
     kernels={
         **dict.fromkeys(NATIVE_DEVICES, _backward_native),
         **dict.fromkeys(TRITON_DEVICES, _backward_triton),
