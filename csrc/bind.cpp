@@ -21,9 +21,13 @@ PYBIND11_MODULE(_native, m) {
       },
       "Instruction sets the CPU kernels can use on this processor, narrowest first.");
   m.def(
-      "record_launches_cuda", [](bool on) { dinov2_fast::LaunchRecorder::of_process().turn(on); },
-      "While on, CUDA kernels are noted instead of launched: no GPU is needed, nothing computed.",
-      py::arg("on"));
+      "record_launches_cuda",
+      [](bool on, int num_multiprocessors) {
+        dinov2_fast::LaunchRecorder::of_process().turn(on, num_multiprocessors);
+      },
+      "While on, CUDA kernels are noted instead of launched: no GPU is needed, nothing computed. "
+      "Grids that depend on the multiprocessors of a GPU are those of one with so many.",
+      py::arg("on"), py::arg("num_multiprocessors") = 108);
   m.def(
       "take_launches_cuda",
       [] {

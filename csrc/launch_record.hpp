@@ -33,10 +33,11 @@ public:
     return on_;
   }
 
-  void turn(bool on) {
+  void turn(bool on, int num_multiprocessors) {
     const std::lock_guard<std::mutex> lock(mutex_);
     on_ = on;
     device_ = -1;
+    num_multiprocessors_ = num_multiprocessors;
     launches_.clear();
   }
 
@@ -44,6 +45,12 @@ public:
   int exchange_device(int device) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return std::exchange(device_, device);
+  }
+
+  // Of the GPU that is not there.
+  int num_multiprocessors() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return num_multiprocessors_;
   }
 
   void note(RecordedLaunch launch) {
@@ -61,6 +68,7 @@ private:
   std::mutex mutex_;
   bool on_ = false;
   int device_ = -1;
+  int num_multiprocessors_ = 0;
   std::vector<RecordedLaunch> launches_;
 };
 

@@ -18,6 +18,20 @@ constexpr size_t kSharedBytesWithoutOptIn = 48 * 1024;
 // latency and leaves 64 registers a thread. Left to itself ptxas for sm_90 spills to fit more.
 constexpr int ctas_at_half(int threads) { return 1024 / threads; }
 
+// Multiprocessors of the current device.
+inline cudaError_t count_multiprocessors(int& count) {
+  LaunchRecorder& recorder = LaunchRecorder::of_process();
+  if (recorder.is_on()) {
+    count = recorder.num_multiprocessors();
+    return cudaSuccess;
+  }
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  return status == cudaSuccess
+             ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)
+             : status;
+}
+
 // Its type's name, unlike the address of a kernel, says the same on host and device.
 template <auto kernel> struct KernelName {};
 
