@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,8 @@ from tools.kernel_report.kernels import Instance, execute, instances
 from tools.kernel_report.machine_code import MachineCode, machine_code, short
 from tools.kernel_report.page import attention_table, kernel_table
 from tools.kernel_report.pipes import Work, bound, cycles
+from tools.kernel_report.waiting import Waiting, waiting_of
+from tools.simt.core import Traffic
 from tools.simt.native_launch import why_not
 from tools.simt.report import A100, H100, pipe_of
 
@@ -180,6 +183,22 @@ def test_the_model_gives_flash_attention_the_figures_worked_out_by_hand():
     assert cycles(forward[0], H100)["tensor"] == pytest.approx(9216 / 0.62, rel=1e-4)
     wgmma = counted["FlashAttention-3", "forward", "257"][0]
     assert cycles(wgmma, H100)["tensor"] == pytest.approx(9216, rel=1e-4)
+
+
+def test_a_wait_lasts_until_all_that_was_asked_for_before_has_moved():
+    gpu = dataclasses.replace(A100, num_sms=1, clock_ghz=1.0, dram_gb_s=0.5)  # 2 cycles a byte
+    work = Work(issued=4, mma_flops=0, wgmma_flops=0, mufu=0, shared_passes=100, hbm_bytes=90)
+    traffic = [
+        Traffic("moved", 0, 50),  # until 100
+        Traffic("moved", 10, 80),  # and these until 160
+        Traffic("awaited", 20, 50),  # 80 early
+        Traffic("awaited", 40, 50),  # now at 120: no more to wait for
+        Traffic("awaited", 40, 80),  # 40 early
+        Traffic("moved", 60, 90),  # at 180, when memory has nothing to do: until 200
+        Traffic("awaited", 90, 90),  # at 210
+        Traffic("awaited", 100, 90),
+    ]
+    assert waiting_of(work, traffic, gpu) == Waiting(computing=100, waiting=80 + 40)
 
 
 def test_the_bound_of_a_dense_case_is_over_what_was_measured():

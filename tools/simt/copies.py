@@ -29,6 +29,7 @@ class Copies:
     data: np.ndarray
     group: np.ndarray
     serial: int
+    moved_bytes: int  # by all so far
 
 
 class AsyncCopies:
@@ -47,15 +48,15 @@ class AsyncCopies:
         self.flying.clear()
         self.num_groups[:] = 0
 
-    def issue(self, lanes: np.ndarray, flat: np.ndarray, data: np.ndarray) -> None:
-        """Begin copies of data rows [n, words] to flat offsets [n]."""
+    def issue(self, lanes: np.ndarray, flat: np.ndarray, data: np.ndarray, num_bytes: int) -> None:
+        """Begin copies of data rows [n, words], so many bytes of which exist, to offsets [n]."""
         shadow = self.batch.shared.shadow
         if shadow:
             at = shadow.granules(flat, data.shape[1] * 4)
             shadow.begin_flight(lanes, at)
         self.serial += 1
-        group = np.full(len(lanes), OPEN)
-        self.flying.append(Copies(self.batch.inst, lanes, flat, data, group, self.serial))
+        group, moved = np.full(len(lanes), OPEN), self.batch.move(num_bytes)
+        self.flying.append(Copies(self.batch.inst, lanes, flat, data, group, self.serial, moved))
 
     def commit(self, m: Mask) -> None:
         """Close the open group of every lane."""
@@ -85,6 +86,7 @@ class AsyncCopies:
         """Write what is ready."""
         if not ready.any():
             return
+        self.batch.arrived(copies.moved_bytes)
         shared = self.batch.shared
         words = copies.data.shape[1]
         flat, lanes = copies.flat[ready], copies.lanes[ready]
@@ -163,7 +165,7 @@ def _copy(inst: Inst, batch: Batch) -> Run:
             for byte in range(int(wanted[one])):
                 at = addresses[one : one + 1] + np.uint64(byte)
                 raw[byte] = batch.global_memory.read(lanes[one : one + 1], at, 1, 1)[0, 0]
-        copies.issue(lanes, flat, data)
+        copies.issue(lanes, flat, data, int(wanted.sum()))
 
     return run
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,6 +97,14 @@ def split_blocks(kernel: Kernel) -> list[Block]:
     return blocks
 
 
+class Traffic(NamedTuple):
+    """Bytes that move from or to global memory, or are waited for."""
+
+    kind: str  # moved or awaited
+    passes: float  # of loads and stores of shared memory before
+    moved_bytes: int  # by all so far; of what is awaited, when that began to move
+
+
 class Batch:
     """Some CTAs of a grid, executed together."""
 
@@ -137,6 +145,8 @@ class Batch:
         self.on_exit: list[Callable[[Mask], None]] = []
         self.on_done: list[Callable[[], None]] = []
         self.counters: dict[str, float] = {}
+        self.traffic: list[Traffic] = []
+        self.moved_bytes = 0
         self.flops: dict[int, int] = {}  # PTX line -> matrix FLOPs of a warp's instruction
         self.carry = np.zeros(self.num_lanes, bool)
         self.special = self._special_registers()
@@ -251,6 +261,21 @@ class Batch:
     def count(self, name: str, amount: float) -> None:
         """Add to a counter."""
         self.counters[name] = self.counters.get(name, 0) + amount
+
+    def move(self, num_bytes: int) -> int:
+        """Note bytes that begin to move from or to global memory; all so far, these included."""
+        self.moved_bytes += num_bytes
+        self._note("moved", self.moved_bytes)
+        return self.moved_bytes
+
+    def arrived(self, moved_bytes: int) -> None:
+        """Note that lanes have waited for what `move` said this of."""
+        self._note("awaited", moved_bytes)
+
+    def _note(self, kind: str, moved_bytes: int) -> None:
+        if self.profile:
+            passes = sum(self.counters.get(f"shared passes, {k}", 0) for k in ("load", "store"))
+            self.traffic.append(Traffic(kind, passes, moved_bytes))
 
     def fault(self, kind: str, text: str, lane: int | None = None) -> None:
         """Raise a fault of the current instruction."""

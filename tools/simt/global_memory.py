@@ -108,6 +108,7 @@ class GlobalMemory:
             self.check_write(lanes, offsets, width * count, values)
         if self.batch.profile:
             self.count_sectors("store", lanes, offsets, width * count)
+            self.batch.move(values.nbytes)
         at = offsets // (width * count)
         self.device.view(width, count)[at] = values if count > 1 else values[:, 0]
         self.mark_written(offsets, width * count)

@@ -22,7 +22,7 @@ from tools.simt import (  # noqa: F401  (they register their instructions)
     mbarrier,
     wgmma,
 )
-from tools.simt.core import Batch
+from tools.simt.core import Batch, Traffic
 from tools.simt.faults import Checks
 from tools.simt.global_memory import GlobalMemory, GlobalRaces
 from tools.simt.memory import Device, Output
@@ -43,6 +43,7 @@ class Result:
     flops: dict[int, int] = field(default_factory=dict)  # PTX line -> matrix FLOPs of a warp
     num_ctas: int = 1
     dynamic_shared_bytes: int = 0  # of a CTA
+    traffic: list[Traffic] = field(default_factory=list)  # with profile, in order
 
     @property
     def num_warp_instructions(self) -> int:
@@ -117,7 +118,9 @@ def launch(
     device.write_back()
     executed = [(inst, block.count) for block in batch.blocks for inst in block.insts]
     batch.global_memory.count_touched()
-    return Result(entry, executed, batch.counters, batch.flops, num_ctas, shared_bytes)
+    return Result(
+        entry, executed, batch.counters, batch.flops, num_ctas, shared_bytes, batch.traffic
+    )
 
 
 def wire(batch: Batch) -> None:
