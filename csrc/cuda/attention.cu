@@ -59,18 +59,20 @@ std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers, in
   return runs;
 }
 
-// One CTA for each block of rows of a sequence and head.
+// One CTA for each block of rows of a sequence and head, or so many at most, which then compute one
+// after another.
 template <auto kernel, int kWarps>
 cudaError_t launch_blocks(Params p, const Run& run, int max_rows, int shared_bytes,
-                          cudaStream_t stream) {
+                          cudaStream_t stream, int64_t max_ctas = kMaxInt) {
   constexpr int kRows = kWarps * kWarpRows;
   p.first_sequence = run.first;
   p.num_blocks = (max_rows + kRows - 1) / kRows;
-  const int64_t ctas = static_cast<int64_t>(run.num_sequences) * p.num_blocks * p.num_heads;
-  if (ctas == 0)
+  const int64_t blocks = static_cast<int64_t>(run.num_sequences) * p.num_blocks * p.num_heads;
+  if (blocks == 0)
     return cudaSuccess; // a grid of no blocks is an error to CUDA
-  return launch<kernel>(dim3(static_cast<unsigned>(ctas)), dim3(kWarps * kWarp), shared_bytes,
-                        stream, p);
+  p.num_problems = static_cast<unsigned>(blocks);
+  return launch<kernel>(dim3(static_cast<unsigned>(std::min(blocks, max_ctas))),
+                        dim3(kWarps * kWarp), shared_bytes, stream, p);
 }
 
 template <typename T>
@@ -101,12 +103,19 @@ cudaError_t launch_both(const Params& p, const Run& run, cudaStream_t stream) {
       p, run, run.max_keys, keys_shared_bytes<kLongWarps>(run.max_queries <= kColumns), stream);
 }
 
-// One CTA for each sequence and head, if any has a row.
+// Each sequence and head, if any has a row, by one CTA; where one fills an SM, there are no more of
+// them than SMs.
 template <typename T, int kWarps>
 cudaError_t launch_backward_resident(const Params& p, const Run& run, int longest,
                                      cudaStream_t stream) {
+  int max_ctas = kMaxInt;
+  if (kHasLeft<kWarps>) {
+    const cudaError_t status = count_multiprocessors(max_ctas);
+    if (status != cudaSuccess)
+      return status;
+  }
   return launch_blocks<attention_backward_resident_kernel<T, kWarps, false>, kWarps>(
-      p, run, std::min(longest, 1), Layout<kWarps>::kBytes, stream);
+      p, run, std::min(longest, 1), Layout<kWarps>::kBytes, stream, max_ctas);
 }
 
 // One CTA for each block of keys, and then dQ out of what they have added up.
@@ -114,7 +123,7 @@ template <typename T>
 cudaError_t launch_parts(const Params& p, const Run& run, cudaStream_t stream) {
   const cudaError_t status =
       launch_blocks<attention_backward_resident_kernel<T, kLeftWarps, true>, kLeftWarps>(
-          p, run, run.max_keys, kPartBytes, stream);
+          p, run, run.max_keys, Layout<kLeftWarps>::kBytes, stream);
   if (status != cudaSuccess)
     return status;
   return launch_blocks<attention_backward_round_queries_kernel<T, kLongWarps>, kLongWarps>(

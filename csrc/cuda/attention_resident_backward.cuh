@@ -24,9 +24,10 @@ struct Owned {
 };
 
 // 16 queries of a tile: adds to dK and dV of 32 keys, and stores gradients of scores.
-template <typename T>
+template <typename T, int kWarps>
 __device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums, uint32_t scores,
                                 int step, int keys, float scale_log2) {
+  constexpr int kDOuts = Layout<kWarps>::kKindBytes;
   const int thread = hidden_thread(), lane = thread % kWarp;
   const int warp_row = thread / kWarp * kWarpRows;
   const uint32_t along = queries + along_offset(lane);
@@ -55,14 +56,14 @@ __device__ inline void add_step(Owned& r, uint32_t queries, const float2* sums, 
           if (m * kMmaRows + i / 2 * 8 + lane / 4 >= keys - warp_row)
             weights[m][n][i] = 0.0f;
   round_weights<T>(rounded, weights);
-  multiply_along<T>(r.d_values, rounded, along + kQueryTile);
+  multiply_along<T>(r.d_values, rounded, along + kDOuts);
   const uint32_t gradients_to = scores + warp_row * kRowBytes + chunk_offset(lane / 4, step * 2) +
                                 lane % 4 * sizeof(uint32_t);
   // 8 queries at a time: registers are few here.
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     float gradients[2][4] = {};
-    multiply_eight<T>(gradients, r.values, across + kQueryTile + n * 8 * kRowBytes);
+    multiply_eight<T>(gradients, r.values, across + kDOuts + n * 8 * kRowBytes);
     const float2 subtrahends = sums[kQueries / 2 + n * 4 + lane % 4];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -104,15 +105,15 @@ __device__ inline void score_left(uint32_t shared, uint32_t tile, const float2* 
                                   float scale_log2) {
   using L = Layout<kLeftWarps>;
   const int thread = hidden_thread(), lane = thread % kWarp, eight = thread / kWarp;
-  const uint32_t query_rows = tile + eight * 8 * kRowBytes, keys = shared + L::kKeys * kRowBytes;
+  const uint32_t query_rows = tile + eight * 8 * kRowBytes;
   const float2 lse2 = sums[eight * 4 + lane % 4];
   const float2 delta = sums[kQueries / 2 + eight * 4 + lane % 4];
-  float2 weights = multiply_eights<T>(keys, query_rows);
+  float2 weights = multiply_eights<T>(shared + L::kLeftKeys, query_rows);
   weights.x = exp2_approximate(fmaf(weights.x, scale_log2, -lse2.x));
   weights.y = exp2_approximate(fmaf(weights.y, scale_log2, -lse2.y));
   if (lane / 4 >= left)
     weights = make_float2(0.0f, 0.0f);
-  const float2 d = multiply_eights<T>(keys + L::kValues, query_rows + kQueryTile);
+  const float2 d = multiply_eights<T>(shared + L::kLeftValues, query_rows + L::kKindBytes);
   const uint32_t offset = chunk_offset(lane / 4, eight) + lane % 4 * sizeof(uint32_t);
   store_shared(shared + L::kLeftWeights + offset, pack<T>(weights.x, weights.y));
   store_shared(shared + L::kLeftScores + offset,
@@ -125,7 +126,7 @@ __device__ inline void add_left(float (&sums)[4], uint32_t shared, uint32_t tile
   using L = Layout<kLeftWarps>;
   const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
   const bool of_values = warp < kLeftWarps / 2;
-  const uint32_t rows = tile + (of_values ? kQueryTile : 0) + across_offset(lane);
+  const uint32_t rows = tile + (of_values ? L::kKindBytes : 0) + across_offset(lane);
   const uint32_t columns = shared + (of_values ? L::kLeftWeights : L::kLeftScores) +
                            chunk_offset(lane % 8, lane / 8 % 2);
 #pragma unroll 1
@@ -144,7 +145,8 @@ __device__ inline void store_left(const Params& p, const Place& place, const flo
   using L = Layout<kLeftWarps>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool of_values = warp < kLeftWarps / 2;
-  T* staging = reinterpret_cast<T*>(shared + L::kTiles); // [2, 8, 64]
+  // [2, 8, 64], in the last tile's own place: the next problem is not there yet
+  T* staging = reinterpret_cast<T*>(shared + L::kTiles + 2 * kQueryTile);
   const float factor = of_values ? 1.0f : p.scale;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -163,33 +165,32 @@ __device__ inline void store_left(const Params& p, const Place& place, const flo
 }
 
 // Writes 32 rows of 16 channels times a factor by way of shared memory that no other warp uses, and
-// that no lane reads any more: rows of two 16-byte vectors. Vectors are exchanged every four rows,
-// so that neither side has bank conflicts.
+// that no lane reads any more: rows of two 16-byte vectors, 16 rows with a step between. Vectors
+// are exchanged every four rows, so that neither side has bank conflicts.
 template <typename T>
 __device__ inline void store_block(T* to, int64_t row_stride, int count,
                                    const float (&sums)[2][2][4], float factor,
                                    unsigned char* staging) {
   const int lane = hidden_thread() % kWarp;
-  const auto offset = [](int row, int chunk) {
-    return (row * 2 + (chunk ^ (row >> 2 & 1))) * kChunkBytes;
+  const auto offset = [](int m, int row, int chunk) {
+    return m * kStepBytes + (row * 2 + (chunk ^ (row >> 2 & 1))) * kChunkBytes;
   };
 #pragma unroll
   for (int m = 0; m < 2; ++m)
+    if (m * kMmaRows < count)
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = m * kMmaRows + half * 8 + lane / 4;
-        *reinterpret_cast<uint32_t*>(staging + offset(row, n) + lane % 4 * 4) =
-            pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
-      }
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(staging + offset(m, half * 8 + lane / 4, n) + lane % 4 * 4) =
+              pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int row = m * kMmaRows + lane / 2, chunk = lane % 2;
-    const uint4 bits = *reinterpret_cast<const uint4*>(staging + offset(row, chunk));
     if (row < count)
-      __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk, bits);
+      __stwb(reinterpret_cast<uint4*>(to + row * row_stride) + chunk,
+             *reinterpret_cast<const uint4*>(staging + offset(m, lane / 2, chunk)));
   }
 }
 
@@ -220,23 +221,23 @@ __device__ inline void add_block(float* to, int row_stride, int count,
 // dQ of 32 queries of a tile and some of the channels: all keys are in shared memory. Where they
 // are a part of the sequence's, dQ is added to.
 template <typename T, int kWarps, bool kPart>
-__device__ inline void store_d_queries(const Params& p, const Place& place, int tile,
+__device__ inline void store_d_queries(const Params& p, const Problem& problem, int tile,
                                        unsigned char* shared) {
   using L = Layout<kWarps>;
   constexpr int kParts = kWarps / 2;                    // of the channels, by a warp each
   constexpr int kBlocks = kHeadDim / kParts / kMmaRows; // of 16 channels, of a warp
   const int thread = hidden_thread(), lane = thread % kWarp, warp = thread / kWarp;
-  const int half = warp % 2, count = place.queries - tile * kQueries - half * kWarpRows;
+  const int half = warp % 2, count = problem.queries - tile * kQueries - half * kWarpRows;
   if (count <= 0)
     return;
   const uint32_t base = shared_address(shared);
-  const int steps = (min(place.keys, L::kKeys) + kStep - 1) / kStep;
+  const int steps = (min(problem.keys, L::kKeys) + kStep - 1) / kStep;
   const int chunk = half * 4 + lane / 8 % 2; // of the first 16 queries
 #pragma unroll 1
   for (int block = warp / 2 * kBlocks; block < (warp / 2 + 1) * kBlocks; ++block) {
     float sums[2][2][4] = {};
     uint32_t a_address = base + L::kScores + chunk_offset(lane % 8 + lane / 16 * 8, chunk);
-    uint32_t b_address = (base + along_offset(lane)) ^ (block * kMatrixBytes);
+    uint32_t b_address = (base + L::keys(problem) + along_offset(lane)) ^ (block * kMatrixBytes);
 #pragma unroll 2
     for (int step = 0; step < steps; ++step) {
       uint32_t b[4];
@@ -253,10 +254,10 @@ __device__ inline void store_d_queries(const Params& p, const Place& place, int 
       b_address += kStepBytes;
     }
     if constexpr (kHasLeft<kWarps> && !kPart)
-      if (place.keys > L::kKeys) {
+      if (problem.keys > L::kKeys) {
         uint32_t b[2];
         const int row = lane % 8, matrix = lane / 8 % 2;
-        load_matrices_transposed(b, base + chunk_offset(L::kKeys + row, block * 2 + matrix));
+        load_matrices_transposed(b, base + L::kLeftKeys + chunk_offset(row, block * 2 + matrix));
 #pragma unroll
         for (int m = 0; m < 2; ++m)
           if (m * kMmaRows < count) {
@@ -268,118 +269,174 @@ __device__ inline void store_d_queries(const Params& p, const Place& place, int 
             multiply<T>(sums[m][1], left_half, b[1], 0);
           }
       }
-    const int64_t query = place.first_query + tile * kQueries + half * kWarpRows;
+    const int64_t query = problem.first_query + tile * kQueries + half * kWarpRows;
     if constexpr (kPart)
-      add_block(d_q_sums_of(p, query, place) + block * kMmaRows, p.num_heads * kHeadDim, count,
+      add_block(d_q_sums_of(p, query, problem) + block * kMmaRows, p.num_heads * kHeadDim, count,
                 sums);
     else
-      store_block<T>(rows_of<T>(p.d_q, query, place) + block * kMmaRows, p.d_q.row_stride, count,
+      store_block<T>(rows_of<T>(p.d_q, query, problem) + block * kMmaRows, p.d_q.row_stride, count,
                      sums, p.scale,
-                     shared + L::kStaging + (warp * kBlocks + block % kBlocks) * kBlockBytes);
+                     shared + L::kOutputs + L::tile(problem, tile) + half * kWarpTile +
+                         block * (kMmaRows * kMatrixBytes));
   }
 }
 
 template <int kWarps>
 constexpr int kResidentCtas = kHasLeft<kWarps> ? 1 : 4; // of an SM, by their registers
 
-// Of a CTA with kPart, whose threads note the number of their tile after everything else.
-constexpr int kPartBytes =
-    Layout<kLeftWarps>::kBytes + kLeftWarps * kWarp * static_cast<int>(sizeof(int));
+// What a CTA computes first; with kPart a block of a longer sequence's keys.
+template <bool kPart> __device__ inline Problem first_problem(const Params& p) {
+  Place place = place_of(p, blockIdx.x);
+  if constexpr (kPart) {
+    const int first = place.block * Layout<kLeftWarps>::kKeys;
+    place.first_key += first;
+    place.keys = min(place.keys - first, Layout<kLeftWarps>::kKeys);
+  }
+  return {place, blockIdx.x, 0, 0};
+}
 
-// With kPart a CTA holds its block of a longer sequence's keys.
+// What it computes next, without rows if that is nothing.
+__device__ inline Problem problem_after(const Params& p, const Problem& problem) {
+  const int64_t number = problem.number + gridDim.x;
+  const Place place = number < p.num_problems ? place_of(p, number) : Place{};
+  return {place, number, 1 - problem.keys_turn, (problem.turns + problem.tiles_in_turn()) % 2};
+}
+
+// At the beginning of a tile: some of the next problem's keys, and its first tile as soon as there
+// is a place for it.
+template <typename T>
+__device__ inline void copy_ahead(const Params& p, const Problem& problem, const Problem& next,
+                                  int tile, uint32_t shared) {
+  constexpr int kRows = kWarpRows / (Layout<kLeftWarps>::kKeys / kQueries); // of a warp and tile
+  const int last = problem.tiles_in_turn() - 1;
+  if (tile > last)
+    return;
+  copy_keys<T, kLeftWarps>(p, next, tile * kRows, tile < last ? (tile + 1) * kRows : kWarpRows,
+                           shared);
+  if (tile == last) {
+    copy_queries<T, kLeftWarps>(p, next, 0, shared);
+    if (!Layout<kLeftWarps>::passes(hidden_thread() / kWarp))
+      copy_values<T, kLeftWarps>(p, next, shared);
+  }
+}
+
+// All gradients of a sequence and head. With 8 warps a CTA computes one after another, each of
+// which arrives while the one before is computed.
 template <typename T, int kWarps, bool kPart>
 __global__ void __launch_bounds__(kWarps* kWarp, kResidentCtas<kWarps>)
     attention_backward_resident_kernel(const Params p) {
   using L = Layout<kWarps>;
-  constexpr bool kLeft = kHasLeft<kWarps> && !kPart;
+  constexpr bool kMany = kHasLeft<kWarps> && !kPart; // problems of a CTA; they can have keys left
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   // Kept in shared memory: sums need the registers.
-  Place& place = *reinterpret_cast<Place*>(shared + L::kPlace);
+  Problem& problem = *reinterpret_cast<Problem*>(shared + L::kProblem);
+  Problem& next = *(&problem + (kMany ? 1 : 0));
+  Problem after({}, 0, 0, 0);
   {
-    Place here = place_of(p);
-    if constexpr (kPart) {
-      const int first = here.block * L::kKeys;
-      if (first >= here.keys)
-        return;
-      here.first_key += first;
-      here.keys = min(here.keys - first, L::kKeys);
-    }
+    const Problem first = first_problem<kPart>(p);
+    if (first.keys <= 0 && kPart)
+      return;
+    if constexpr (kMany)
+      after = problem_after(p, first);
     if (threadIdx.x == 0)
-      place = here;
-    // Zeros fill the last warp's rows, or the rows left.
-    const int end = min((here.keys + kWarpRows - 1) / kWarpRows * kWarpRows, L::kRows);
-    copy_span<T, kWarps>(base, rows_of<T>(p.k, here.first_key, here), p.k.row_stride, 0, end,
-                         here.keys);
-    copy_span<T, kWarps>(base + L::kValues, rows_of<T>(p.v, here.first_key, here), p.v.row_stride,
-                         0, end, here.keys);
-    if constexpr (L::kOneTile) {
-      copy_and_sum_queries<T, kWarps>(p, here, shared);
-    } else {
-      copy_queries<T, kWarps>(p, here, 0, base);
-      wait_for_copies();
-      sum_queries<T, kWarps>(here, 0, shared);
-    }
+      next = first;
+    copy_keys<T, kWarps>(p, first, 0, kWarpRows, base);
+    copy_values<T, kWarps>(p, first, base);
+    if constexpr (kMany)
+      copy_left<T>(p, first, base);
+    if constexpr (L::kOneTile)
+      copy_and_sum_queries<T, kWarps>(p, first, shared);
+    else
+      copy_queries<T, kWarps>(p, first, 0, base);
   }
   __syncthreads();
 
   const auto warp_row = [] { return hidden_thread() / kWarp * kWarpRows; };
-  const auto count_of_warp = [&] { return min(kWarpRows, place.keys - warp_row()); };
+  const auto count_of_warp = [&] { return min(kWarpRows, problem.keys - warp_row()); };
   const auto* sums = reinterpret_cast<const float2*>(shared + L::kSums); // lse2, then delta
   Owned r;
-  float left_sums[4] = {};
-  clear(r.d_keys);
-  clear(r.d_values);
-  if (count_of_warp() > 0 && place.queries > 0) {
-    load_rows(r.keys, base + warp_row() * kRowBytes, along_offset());
-    load_rows(r.values, base + L::kValues + warp_row() * kRowBytes, along_offset());
-  }
-#pragma unroll 1
-  for (int tile = 0; place.queries > 0; ++tile) {
-    const auto more = [&] { return !L::kOneTile && (tile + 1) * kQueries < place.queries; };
-    if (more())
-      copy_queries<T, kWarps>(p, place, tile + 1, base);
-    const uint32_t queries = base + L::tile(tile);
-    // The number of the tile waits in shared memory: with it the steps would spill on sm_90.
-    const auto number = [&]()->volatile int& {
-      return reinterpret_cast<volatile int*>(shared + L::kBytes)[hidden_thread()];
-    };
-    if constexpr (kPart)
-      number() = tile;
-    if (count_of_warp() > 0)
-#pragma unroll 1
-      for (int step = 0; step < steps_of(place, tile); ++step)
-        add_step<T>(r, queries + step * kStepBytes, sums + step * 8, base + L::kScores, step,
-                    place.keys, p.scale_log2);
-    if constexpr (kPart)
-      tile = number();
-    if constexpr (kLeft)
-      if (place.keys > L::kKeys && hidden_thread() / kWarp < 2 * steps_of(place, tile))
-        score_left<T>(base, queries, sums, place.keys - L::kKeys, p.scale_log2);
-    __syncthreads(); // gradients of scores are here
-    if constexpr (kLeft)
-      if (place.keys > L::kKeys)
-        add_left<T>(left_sums, base, queries, steps_of(place, tile));
-    store_d_queries<T, kWarps, kPart>(p, place, tile, shared);
-    if (more()) {
+  do {
+    if constexpr (!L::kOneTile) {
       wait_for_copies();
-      sum_queries<T, kWarps>(place, tile + 1, shared);
+      __syncwarp(); // a warp's own keys and values are here
+      sum_queries<T, kWarps>(next, 0, shared);
     }
-    __syncthreads(); // the next tile is here, and nobody reads gradients any more
-    if (!more())
-      break;
-  }
-  if constexpr (kLeft)
-    if (place.keys > L::kKeys)
-      store_left<T>(p, place, left_sums, shared, place.keys - L::kKeys);
-  const int first = warp_row(), count = count_of_warp();
-  if (count <= 0)
-    return;
-  unsigned char* staging = shared + first * kRowBytes;
-  store_rows(rows_of<T>(p.d_v, place.first_key + first, place), p.d_v.row_stride, count, r.d_values,
-             1.0f, staging);
-  store_rows(rows_of<T>(p.d_k, place.first_key + first, place), p.d_k.row_stride, count, r.d_keys,
-             p.scale, staging + L::kValues);
+    if (next.keys > warp_row()) {
+      load_rows(r.keys, base + L::keys(next) + hidden_thread() / kWarp * kWarpTile, along_offset());
+      load_rows(r.values, base + L::values(next, hidden_thread() / kWarp), along_offset());
+    }
+    if constexpr (!L::kOneTile)
+      __syncthreads(); // all is here, and where values passed through is free
+    if constexpr (kMany) {
+      if (threadIdx.x == 0) {
+        problem = next;
+        next = after;
+      }
+      __syncthreads();
+    }
+    float left_sums[4] = {};
+    clear(r.d_keys);
+    clear(r.d_values);
+    int tile = 0;
+#pragma unroll 1
+    do { // at least once: the next problem is copied, too, where this one has no queries
+      const auto more = [&] { return !L::kOneTile && (tile + 1) * kQueries < problem.queries; };
+      if (more())
+        copy_queries<T, kWarps>(p, problem, tile + 1, base);
+      if constexpr (kMany)
+        copy_ahead<T>(p, problem, next, tile, base);
+      const auto queries = [&] { return base + L::kTiles + L::tile(problem, tile); };
+      // The number of the tile waits in shared memory: with it the steps would spill on sm_90.
+      static_assert(!kPart || kWarps * kWarp * sizeof(int) <= kLeftBytes, "a number a thread");
+      const auto number = [&]()->volatile int& {
+        return reinterpret_cast<volatile int*>(shared + L::kLeftScores)[hidden_thread()];
+      };
+      if constexpr (kPart)
+        number() = tile;
+      if (count_of_warp() > 0) {
+        const uint32_t first = queries();
+#pragma unroll 1
+        for (int step = 0; step < steps_of(problem, tile); ++step)
+          add_step<T, kWarps>(r, first + step * kStepBytes, sums + step * 8, base + L::kScores,
+                              step, problem.keys, p.scale_log2);
+      }
+      if constexpr (kPart)
+        tile = number();
+      if constexpr (kMany)
+        if (problem.keys > L::kKeys && hidden_thread() / kWarp < 2 * steps_of(problem, tile))
+          score_left<T>(base, queries(), sums, problem.keys - L::kKeys, p.scale_log2);
+      __syncthreads(); // gradients of scores are here
+      if constexpr (kMany)
+        if (problem.keys > L::kKeys)
+          add_left<T>(left_sums, base, queries(), steps_of(problem, tile));
+      store_d_queries<T, kWarps, kPart>(p, problem, tile, shared);
+      if (more()) {
+        wait_for_copies();
+        sum_queries<T, kWarps>(problem, tile + 1, shared);
+      }
+      __syncthreads(); // the next tile is here, and nobody reads gradients any more
+      ++tile;
+      if constexpr (kMany)
+        if (tile == problem.tiles_in_turn() && L::passes(hidden_thread() / kWarp))
+          copy_values<T, kWarps>(p, next, base);
+    } while (!L::kOneTile && tile * kQueries < problem.queries);
+    if constexpr (kMany) {
+      copy_left<T>(p, next, base);
+      after = problem_after(p, next); // arrives while rows are stored
+      if (problem.keys > L::kKeys)
+        store_left<T>(p, problem, left_sums, shared, problem.keys - L::kKeys);
+    }
+    const int first = warp_row(), count = count_of_warp();
+    if (count > 0) {
+      unsigned char* staging = shared + L::kScores + first * kRowBytes;
+      store_rows(rows_of<T>(p.d_v, problem.first_key + first, problem), p.d_v.row_stride, count,
+                 r.d_values, 1.0f, staging);
+      __syncwarp(); // the staging is written again
+      store_rows(rows_of<T>(p.d_k, problem.first_key + first, problem), p.d_k.row_stride, count,
+                 r.d_keys, p.scale, staging);
+    }
+  } while (kMany && next.number < p.num_problems);
 }
 
 } // namespace

@@ -38,6 +38,7 @@ struct Params {
   int first_sequence;
   int num_blocks; // of rows in the longest sequence of the launch
   int num_heads;
+  unsigned num_problems; // sequences and heads of the launch, where CTAs compute several
 };
 
 // What a CTA works on. Heads vary fastest: neighbouring CTAs read the same pages.
@@ -47,12 +48,12 @@ struct Place {
   int queries, keys;              // of the sequence
 };
 
-__device__ inline Place place_of(const Params& p) {
+__device__ inline Place place_of(const Params& p, unsigned number = blockIdx.x) {
   const unsigned heads = static_cast<unsigned>(p.num_heads);
-  const unsigned blocks = static_cast<unsigned>(p.num_blocks), rest = blockIdx.x / heads;
+  const unsigned blocks = static_cast<unsigned>(p.num_blocks), rest = number / heads;
   const int64_t sequence = static_cast<int64_t>(p.first_sequence) + rest / blocks;
   const int query = p.query_offsets[sequence], key = p.key_offsets[sequence];
-  return {static_cast<int>(blockIdx.x % heads),  static_cast<int>(rest % blocks),  query, key,
+  return {static_cast<int>(number % heads),      static_cast<int>(rest % blocks),  query, key,
           p.query_offsets[sequence + 1] - query, p.key_offsets[sequence + 1] - key};
 }
 

@@ -35,6 +35,9 @@ MIXED: Case = (
     1,
 )  # one launch, of any length
 PATCHES: Case = ((256, 197), (256, 197), 1)  # whole tiles; 224 px at patch 16
+# One launch, of problems that a CTA computes one after another: keys or queries left or none, last
+# tiles that have a place of their own (257, 70, 197) or not, few rows after many.
+WALK: Case = ((257, 70, 0, 128, 197, 5, 264), (257, 96, 7, 0, 197, 264, 2), 1)
 # One launch for all; blocks of 256 keys and 9, 2 or no more.
 PARTS: Case = ((66, 3, 0, 1, 2), (265, 258, 7, 1, 0), 1)
 TWO_KERNELS: Case = ((3, 265), (265, 66), 1)  # one token too many for one kernel, on each side
