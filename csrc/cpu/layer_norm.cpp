@@ -3,6 +3,7 @@
 #include "cpu/level.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"
+#include "cpu/stream.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +27,7 @@ struct Forward {
   int64_t x_row_stride; // elements
   int64_t y_row_stride;
   float eps;
+  bool stream; // y
 };
 
 // x_hat = (source - mean - shift) * rstd * inverse: of an input with shift 0 and inverse 1; of an
@@ -49,122 +51,213 @@ struct Backward {
   bool add; // to dx, instead of overwriting it
 };
 
-// Four sums at a time hide the latency of the additions.
+// A number of each of two rows: rows are taken in pairs, which share what is read per channel and
+// hide each other's latencies. The last of an odd number is its own partner.
+struct Pair {
+  float first, second;
+};
+
+// Four sums of a row at a time hide the latency of the additions.
 template <typename X>
-[[gnu::always_inline]] inline float sum_of(const X* __restrict x, int64_t count) {
+[[gnu::always_inline]] inline Pair sums_of(const X* x, const X* z, int64_t count) {
   const int64_t quarter = count / 4;
-  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
+  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f, e = 0.0f, f = 0.0f, g = 0.0f, h = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
   for (int64_t i = 0; i < quarter; ++i) {
     a += load(x[i]);
     b += load(x[i + quarter]);
     c += load(x[i + 2 * quarter]);
     d += load(x[i + 3 * quarter]);
+    e += load(z[i]);
+    f += load(z[i + quarter]);
+    g += load(z[i + 2 * quarter]);
+    h += load(z[i + 3 * quarter]);
   }
-  for (int64_t i = 4 * quarter; i < count; ++i)
+  for (int64_t i = 4 * quarter; i < count; ++i) {
     a += load(x[i]);
-  return (a + b) + (c + d);
+    e += load(z[i]);
+  }
+  return {(a + b) + (c + d), (e + f) + (g + h)};
 }
 
 [[gnu::always_inline]] inline float square(float x) { return x * x; }
 
 template <typename X>
-[[gnu::always_inline]] inline float sum_of_squares(const X* __restrict x, float mean,
+[[gnu::always_inline]] inline Pair sums_of_squares(const X* x, const X* z, Pair mean,
                                                    int64_t count) {
   const int64_t quarter = count / 4;
-  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
-#pragma omp simd reduction(+ : a, b, c, d)
+  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f, e = 0.0f, f = 0.0f, g = 0.0f, h = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
   for (int64_t i = 0; i < quarter; ++i) {
-    a += square(load(x[i]) - mean);
-    b += square(load(x[i + quarter]) - mean);
-    c += square(load(x[i + 2 * quarter]) - mean);
-    d += square(load(x[i + 3 * quarter]) - mean);
+    a += square(load(x[i]) - mean.first);
+    b += square(load(x[i + quarter]) - mean.first);
+    c += square(load(x[i + 2 * quarter]) - mean.first);
+    d += square(load(x[i + 3 * quarter]) - mean.first);
+    e += square(load(z[i]) - mean.second);
+    f += square(load(z[i + quarter]) - mean.second);
+    g += square(load(z[i + 2 * quarter]) - mean.second);
+    h += square(load(z[i + 3 * quarter]) - mean.second);
   }
-  for (int64_t i = 4 * quarter; i < count; ++i)
-    a += square(load(x[i]) - mean);
-  return (a + b) + (c + d);
+  for (int64_t i = 4 * quarter; i < count; ++i) {
+    a += square(load(x[i]) - mean.first);
+    e += square(load(z[i]) - mean.second);
+  }
+  return {(a + b) + (c + d), (e + f) + (g + h)};
 }
 
 template <typename X, typename Y> struct ForwardRows {
   [[gnu::always_inline]] static inline void run(const Forward& p, int64_t, int64_t begin,
                                                 int64_t end) {
     const int64_t channels = p.channels;
-    const float* __restrict weight = p.weight;
-    const float* __restrict bias = p.bias;
-    for (int64_t row = begin; row < end; ++row) {
-      const X* __restrict x = static_cast<const X*>(p.x) + selected(p.rows, row) * p.x_row_stride;
-      Y* __restrict y = static_cast<Y*>(p.y) + row * p.y_row_stride;
-      if (row + 1 < end)
-        prefetch_row(static_cast<const X*>(p.x) + selected(p.rows, row + 1) * p.x_row_stride,
-                     channels);
-      prefetch_row(y, channels);
-      const float mean = sum_of(x, channels) / static_cast<float>(channels);
-      const float variance = sum_of_squares(x, mean, channels) / static_cast<float>(channels);
-      const float rstd = 1.0f / std::sqrt(variance + p.eps);
-#pragma omp simd
-      for (int64_t i = 0; i < channels; ++i)
-        store(y[i], (load(x[i]) - mean) * rstd * weight[i] + bias[i]);
-      p.rstd[row] = rstd;
-      if (p.mean != nullptr)
-        p.mean[row] = mean;
+    const auto width = static_cast<float>(channels);
+    const auto input = [&](int64_t row) {
+      return static_cast<const X*>(p.x) + selected(p.rows, std::min(row, end - 1)) * p.x_row_stride;
+    };
+    for (int64_t row = begin; row < end; row += 2) {
+      const X* x = input(row);
+      const X* z = input(row + 1);
+      prefetch_row(input(row + 2), channels);
+      const Pair sums = sums_of(x, z, channels);
+      const Pair mean{sums.first / width, sums.second / width};
+      prefetch_row(input(row + 3), channels);
+      const Pair squares = sums_of_squares(x, z, mean, channels);
+      finish(p, row, x, mean.first, squares.first / width);
+      finish(p, std::min(row + 1, end - 1), z, mean.second, squares.second / width);
     }
+    finish_streams(p.stream);
+  }
+
+  [[gnu::always_inline]] static inline void finish(const Forward& p, int64_t row, const X* x,
+                                                   float mean, float variance) {
+    const float rstd = 1.0f / std::sqrt(variance + p.eps);
+    const float* weight = p.weight;
+    const float* bias = p.bias;
+    put_row(
+        static_cast<Y*>(p.y) + row * p.y_row_stride, p.channels, p.stream,
+        [=](auto at, int64_t i) { return (at(x, i) - mean) * rstd * at(weight, i) + at(bias, i); });
+    p.rstd[row] = rstd;
+    if (p.mean != nullptr)
+      p.mean[row] = mean;
   }
 };
 
 template <typename D, typename G, typename S> struct BackwardRows {
-  [[gnu::always_inline]] static inline void run(const Backward& p, int64_t block, int64_t begin,
-                                                int64_t end) {
+  struct Row {
+    const G* dy;
+    const S* source;
+    D* dx;
+    float mean, rstd, scale;
+  };
+
+  // Means over a row's channels of g = dy * weight and of g * x_hat.
+  struct Means {
+    float g, along;
+  };
+
+  [[gnu::always_inline]] static inline Row row_of(const Backward& p, int64_t row) {
+    return {static_cast<const G*>(p.dy) + row * p.dy_row_stride,
+            static_cast<const S*>(p.source) + selected(p.source_rows, row) * p.source_row_stride,
+            static_cast<D*>(p.dx) + selected(p.dx_rows, row) * p.dx_row_stride,
+            p.mean == nullptr ? 0.0f : p.mean[row],
+            p.rstd[row],
+            p.mean == nullptr ? 1.0f : p.rstd[row]};
+  }
+
+  [[gnu::always_inline]] static inline void prefetch(const Backward& p, int64_t row, int64_t end) {
+    if (row >= end)
+      return;
+    const Row next = row_of(p, row);
+    prefetch_row(next.source, p.channels);
+    prefetch_row(next.dy, p.channels);
+    prefetch_row(next.dx, p.channels);
+  }
+
+  // The means of one row or two, whose terms of the sums over rows are added in their order.
+  template <bool kTwo>
+  [[gnu::always_inline]] static inline void reduce(const Backward& p, float* __restrict dweight,
+                                                   float* __restrict dbias, const Row& a,
+                                                   const Row& b, Means& of_a, Means& of_b) {
     const int64_t channels = p.channels;
     const float* __restrict shift = p.shift;
     const float* __restrict inverse = p.inverse;
     const float* __restrict weight = p.weight;
-    float* __restrict dweight = p.partials + block * 2 * channels;
-    float* __restrict dbias = dweight + channels;
-    for (int64_t i = 0; i < 2 * channels; ++i)
-      dweight[i] = 0.0f;
-    for (int64_t row = begin; row < end; ++row) {
-      const G* __restrict dy = static_cast<const G*>(p.dy) + row * p.dy_row_stride;
-      const S* __restrict source =
-          static_cast<const S*>(p.source) + selected(p.source_rows, row) * p.source_row_stride;
-      D* __restrict dx = static_cast<D*>(p.dx) + selected(p.dx_rows, row) * p.dx_row_stride;
-      prefetch_row(dx, channels);
-      if (row + 1 < end) {
-        prefetch_row(static_cast<const S*>(p.source) +
-                         selected(p.source_rows, row + 1) * p.source_row_stride,
-                     channels);
-        prefetch_row(dy + p.dy_row_stride, channels);
+    const G* __restrict dy_a = a.dy;
+    const G* __restrict dy_b = b.dy;
+    const S* __restrict source_a = a.source;
+    const S* __restrict source_b = b.source;
+    const float mean_a = a.mean, mean_b = b.mean, scale_a = a.scale, scale_b = b.scale;
+    float sum_a = 0.0f, along_a = 0.0f, sum_b = 0.0f, along_b = 0.0f;
+#pragma omp simd reduction(+ : sum_a, along_a, sum_b, along_b)
+    for (int64_t i = 0; i < channels; ++i) {
+      const float x_hat = (load(source_a[i]) - mean_a - shift[i]) * scale_a * inverse[i];
+      const float incoming = load(dy_a[i]), g = incoming * weight[i];
+      float to_weight = dweight[i] + incoming * x_hat, to_bias = dbias[i] + incoming;
+      sum_a += g;
+      along_a += g * x_hat;
+      if constexpr (kTwo) {
+        const float x_hat_b = (load(source_b[i]) - mean_b - shift[i]) * scale_b * inverse[i];
+        const float incoming_b = load(dy_b[i]), g_b = incoming_b * weight[i];
+        to_weight += incoming_b * x_hat_b;
+        to_bias += incoming_b;
+        sum_b += g_b;
+        along_b += g_b * x_hat_b;
       }
-      const float rstd = p.rstd[row];
-      const float mean = p.mean == nullptr ? 0.0f : p.mean[row];
-      const float scale = p.mean == nullptr ? 1.0f : rstd;
-      float sum = 0.0f, along = 0.0f;
-#pragma omp simd reduction(+ : sum, along)
+      dweight[i] = to_weight;
+      dbias[i] = to_bias;
+    }
+    const auto width = static_cast<float>(channels);
+    of_a = {sum_a / width, along_a / width};
+    of_b = {sum_b / width, along_b / width};
+  }
+
+  [[gnu::always_inline]] static inline void finish(const Backward& p, const Row& r, Means of_row) {
+    const int64_t channels = p.channels;
+    const float* __restrict shift = p.shift;
+    const float* __restrict inverse = p.inverse;
+    const float* __restrict weight = p.weight;
+    const G* __restrict dy = r.dy;
+    const S* __restrict source = r.source;
+    D* __restrict dx = r.dx;
+    const float mean = r.mean, scale = r.scale, sum = of_row.g, along = of_row.along;
+    // One channel is its own mean and has no gradient; a fused multiply-add would leave g's
+    // rounding error there.
+    const float outer = channels == 1 ? 0.0f : r.rstd;
+    if (p.add) {
+#pragma omp simd
       for (int64_t i = 0; i < channels; ++i) {
         const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
-        const float incoming = load(dy[i]), g = incoming * weight[i];
-        sum += g;
-        along += g * x_hat;
-        dweight[i] += incoming * x_hat;
-        dbias[i] += incoming;
+        store(dx[i], load(dx[i]) + outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
       }
-      // One channel is its own mean and has no gradient; a fused multiply-add would leave g's
-      // rounding error there.
-      const float outer = channels == 1 ? 0.0f : rstd;
-      sum /= static_cast<float>(channels);
-      along /= static_cast<float>(channels);
-      if (p.add) {
+    } else {
 #pragma omp simd
-        for (int64_t i = 0; i < channels; ++i) {
-          const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
-          store(dx[i], load(dx[i]) + outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < channels; ++i) {
-          const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
-          store(dx[i], outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
-        }
+      for (int64_t i = 0; i < channels; ++i) {
+        const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
+        store(dx[i], outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
       }
+    }
+  }
+
+  [[gnu::always_inline]] static inline void run(const Backward& p, int64_t block, int64_t begin,
+                                                int64_t end) {
+    float* dweight = p.partials + block * 2 * p.channels;
+    float* dbias = dweight + p.channels;
+    for (int64_t i = 0; i < 2 * p.channels; ++i)
+      dweight[i] = 0.0f;
+    int64_t row = begin;
+    for (; row + 2 <= end; row += 2) {
+      const Row a = row_of(p, row), b = row_of(p, row + 1);
+      Means of_a, of_b;
+      prefetch(p, row + 2, end);
+      reduce<true>(p, dweight, dbias, a, b, of_a, of_b);
+      prefetch(p, row + 3, end);
+      finish(p, a, of_a);
+      finish(p, b, of_b);
+    }
+    if (row < end) {
+      const Row a = row_of(p, row);
+      Means of_a, unused;
+      reduce<false>(p, dweight, dbias, a, a, of_a, unused);
+      finish(p, a, of_a);
     }
   }
 };
@@ -174,17 +267,18 @@ void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t
                         int64_t channels, int64_t x_row_stride, int64_t y_row_stride, double eps,
                         const std::string& x_dtype, const std::string& y_dtype, int threads,
                         const std::string& level_name, const char* op) {
-  const Forward p{reinterpret_cast<const void*>(x),
-                  reinterpret_cast<const float*>(weight),
-                  reinterpret_cast<const float*>(bias),
-                  reinterpret_cast<const int64_t*>(rows),
-                  reinterpret_cast<void*>(y),
-                  reinterpret_cast<float*>(mean),
-                  reinterpret_cast<float*>(rstd),
-                  channels,
-                  x_row_stride,
-                  y_row_stride,
-                  static_cast<float>(eps)};
+  Forward p{reinterpret_cast<const void*>(x),
+            reinterpret_cast<const float*>(weight),
+            reinterpret_cast<const float*>(bias),
+            reinterpret_cast<const int64_t*>(rows),
+            reinterpret_cast<void*>(y),
+            reinterpret_cast<float*>(mean),
+            reinterpret_cast<float*>(rstd),
+            channels,
+            x_row_stride,
+            y_row_stride,
+            static_cast<float>(eps),
+            false};
   require_numbers(op, channels, threads);
   require_rows(op, p.rows, num_rows, num_x_rows);
   require_matrix(op, "x", p.x, num_x_rows, channels, x_row_stride, false);
@@ -195,7 +289,9 @@ void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t
   const Level level = choose_level(op, level_name);
   with_float_type(op, "x", x_dtype, [&](auto x_type) {
     with_float_type(op, "y", y_dtype, [&](auto y_type) {
-      using Rows = ForwardRows<typename decltype(x_type)::type, typename decltype(y_type)::type>;
+      using Y = typename decltype(y_type)::type;
+      p.stream = streams<Y>(num_rows, channels);
+      using Rows = ForwardRows<typename decltype(x_type)::type, Y>;
       const auto run = at_level<Rows, Forward>(level);
       parallel_rows(num_rows, channels, threads,
                     [&](int64_t begin, int64_t end) { run(p, 0, begin, end); });

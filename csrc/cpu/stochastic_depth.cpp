@@ -4,13 +4,11 @@
 #include "cpu/level.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"
+#include "cpu/stream.hpp"
 
 #include <algorithm>
 #include <cstdint>
 #include <string>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace py = pybind11;
 
@@ -42,45 +40,6 @@ struct Backward {
   int64_t g_row_stride;
   bool stream; // g
 };
-
-// Elements of a row that are made in L1 before they are put where they belong.
-constexpr int64_t kPart = 256;
-
-// Whether rows are written past the caches, which spares reading each line before it is written. An
-// output of this size has left a core's own cache before another kernel reads it.
-template <typename T> bool streams(int64_t rows, int64_t width) {
-  constexpr int64_t kLeastBytes = 1 << 20;
-  return rows * width * static_cast<int64_t>(sizeof(T)) >= kLeastBytes;
-}
-
-// to[i] = part[i], past the caches if asked for and where vectors of 16 bytes are aligned.
-template <typename T>
-[[gnu::always_inline]] inline void put(T* __restrict to, const T* __restrict part, int64_t count,
-                                       bool stream) {
-  int64_t done = 0;
-#if defined(__SSE2__)
-  constexpr int64_t kVector = 16 / sizeof(T);
-  if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0)
-    for (; done + kVector <= count; done += kVector)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + done),
-                       _mm_load_si128(reinterpret_cast<const __m128i*>(part + done)));
-#else
-  (void)stream;
-#endif
-#pragma omp simd
-  for (int64_t i = done; i < count; ++i)
-    to[i] = part[i];
-}
-
-// After the last row of a thread: what was written past the caches is there for every other one.
-[[gnu::always_inline]] inline void finish_streams(bool stream) {
-#if defined(__SSE2__)
-  if (stream)
-    _mm_sfence();
-#else
-  (void)stream;
-#endif
-}
 
 template <typename X, typename R> struct ForwardRows {
   [[gnu::always_inline]] static inline void run(const Forward& p, int64_t, int64_t begin,
@@ -125,30 +84,21 @@ template <typename D, typename G> struct BackwardRows {
         if (!p.stream)
           prefetch_row(g + p.g_row_stride, channels);
       }
-      for (int64_t first = 0; first < channels; first += kPart) {
-        alignas(64) G part[kPart];
-        const int64_t count = std::min(kPart, channels - first);
-        if (sums == nullptr) {
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i)
-            store(part[i], load(dx[first + i]) * scale * gamma[first + i]);
-        } else if (p.residual == nullptr) {
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i) {
-            const float scaled = load(dx[first + i]) * scale;
-            store(part[i], scaled * gamma[first + i]);
-            sums[first + i] += scaled;
-          }
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i) {
-            const float scaled = load(dx[first + i]) * scale;
-            store(part[i], scaled * gamma[first + i]);
-            sums[first + i] += scaled * load(residual[first + i]);
-          }
-        }
-        put(g + first, part, count, p.stream);
-      }
+      if (sums == nullptr)
+        put_row(g, channels, p.stream,
+                [=](auto at, int64_t i) { return at(dx, i) * scale * at(gamma, i); });
+      else if (p.residual == nullptr)
+        put_row(g, channels, p.stream, [=](auto at, int64_t i) {
+          const auto scaled = at(dx, i) * scale;
+          at.add(sums, i, scaled);
+          return scaled * at(gamma, i);
+        });
+      else
+        put_row(g, channels, p.stream, [=](auto at, int64_t i) {
+          const auto scaled = at(dx, i) * scale;
+          at.add(sums, i, scaled * at(residual, i));
+          return scaled * at(gamma, i);
+        });
     }
     finish_streams(p.stream);
   }
