@@ -3,11 +3,18 @@
 Run with `pytest benchmarks --benchmark-only`; `--full` adds large shapes. A row states op, backend,
 dtype, shape and mode, the time's quartiles, achieved bandwidth or arithmetic and its share of what
 this machine reaches, peak memory, hardware, driver, versions and commit.
+
+What an op bound by memory reaches is said twice. Against a large copy: the speed of the memory.
+And against a copy of as many bytes as the op moves, after the same flush: at a few MB that copy is
+slower than a large one, since it too writes back what the flush left in the caches and runs code
+that is not in them. The second is what ordinary loads and stores can reach at the op's size; stores
+past the caches go beyond it.
 """
 
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +29,7 @@ from dinov2_fast.bench.machine import copy_bandwidth_gb_s, hardware, synchronize
 WARMUP_ROUNDS = 5
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 SECONDS_PER_ROW = 1.0  # of timed rounds, flushes between them included
+COPY_ROUNDS = 11
 FLUSH_BYTES = 256 * 2**20  # more than the last cache of any device
 
 # Rows on the CPU run on one thread and count its own time: a busy machine's scheduler takes slices
@@ -107,6 +115,7 @@ def measure(
         benchmark.pedantic(timed, setup=set_up, rounds=rounds)
         peak_mib = _peak_mib(device)
         reachable = copy_bandwidth_gb_s(device, 1)
+        equal_copy_s = None if num_flops else _equal_copy_seconds(num_bytes, set_up, device)
     finally:
         torch.set_num_threads(threads)
     stats = benchmark.stats.stats
@@ -124,6 +133,7 @@ def measure(
         bytes=num_bytes,
         gb_s=num_bytes / seconds / 1e9,
         share_of_copy_bandwidth=num_bytes / seconds / 1e9 / reachable,
+        share_of_equal_copy=equal_copy_s and equal_copy_s / seconds,
         flops=num_flops,
         tflop_s=num_flops / seconds / 1e12,
         peak_mib=peak_mib,
@@ -134,6 +144,21 @@ def measure(
         threads=1,
         **hardware(device),
     )
+
+
+def _equal_copy_seconds(num_bytes: int, set_up: Callable[[], None], device: str) -> float:
+    """Seconds of a copy that reads and writes as many bytes together, timed as the work is."""
+    source = torch.ones(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    times: list[float] = []
+    for _ in range(COPY_ROUNDS):
+        set_up()
+        begin = clock()
+        target.copy_(source)
+        synchronize(device)
+        times.append(clock() - begin)
+    return statistics.median(times)
 
 
 def _warm_up(run: Callable[[], object]) -> tuple[int, int]:

@@ -39,7 +39,9 @@ smallest and the largest ratio of a round. Memory is the growth of the process's
 idle size (on a GPU, torch's allocator); *kept* is what the student's forward pass saves for the
 backward pass. *Fewer operations* is how much less arithmetic the package's step has: what speed
 goes beyond it comes from kernels and memory. *Of the machine* is the share of the speed of a
-large matrix product, the faster of fp32 and the row's type, measured in the same run. On a GPU
+large matrix product, the faster of fp32 and the row's type, measured in the same run. *Of copy
+bandwidth* is an op's share of the speed of a large copy; *of an equal copy*, of one that moves as
+many bytes as the op, with caches flushed in the same way (why: `benchmarks/harness.py`). On a GPU
 the package's step computes most ops with their PyTorch references until its kernels have been
 measured there; `DINOV2_FAST_PREFER=native` (or `triton`) takes them. Pictures give prototypes in
 units of 1024.
@@ -212,7 +214,8 @@ def _op_table(rows: Sequence[dict[str, Any]]) -> str:
     backends = _distinct(row["backend"] for row in rows)
     header = ["shape", "dtype", "mode", *(f"{name}, us" for name in backends)]
     before = next((name for name in _BASELINES if name in backends), "reference")
-    header += [f"{before} / ours", f"kept, {before} / ours", "of copy bandwidth", "TFLOP/s"]
+    header += [f"{before} / ours", f"kept, {before} / ours"]
+    header += ["of copy bandwidth", "of an equal copy", "TFLOP/s"]
     cells: list[list[str]] = []
     for key in _distinct((str(r["shape"]), r["dtype"], r["mode"]) for r in rows):
         same = [r for r in rows if (str(r["shape"]), r["dtype"], r["mode"]) == key]
@@ -220,18 +223,19 @@ def _op_table(rows: Sequence[dict[str, Any]]) -> str:
         ours = [by_backend[name] for name in _OUR_BACKENDS if name in by_backend]
         best = min(ours, key=lambda row: row["median_us"]) if ours else None
         baseline = by_backend.get(before)
-        ratio, kept, share, speed = "", "", "", ""
+        ratio, kept, share, equal, speed = "", "", "", "", ""
         if best is not None:
             if baseline is not None:
                 ratio = f"{baseline['median_us'] / best['median_us']:.2f}"
                 kept = _ratio_of_kept(baseline, best)
             share = f"{best['share_of_copy_bandwidth']:.0%}" if best.get("bytes") else ""
+            equal = f"{best['share_of_equal_copy']:.0%}" if best.get("share_of_equal_copy") else ""
             speed = f"{best['tflop_s']:.3g}" if best.get("flops") else ""
         medians = [
             f"{by_backend[name]['median_us']:.0f}" if name in by_backend else ""
             for name in backends
         ]
-        cells.append([key[0].strip("[]"), *key[1:], *medians, ratio, kept, share, speed])
+        cells.append([key[0].strip("[]"), *key[1:], *medians, ratio, kept, share, equal, speed])
     return _table(header, cells)
 
 

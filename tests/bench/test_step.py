@@ -57,6 +57,7 @@ def op_row() -> dict:
         "bytes": 100,
         "flops": 0,
         "share_of_copy_bandwidth": 0.75,
+        "share_of_equal_copy": 0.85,
         "tflop_s": 0.0,
         "threads": "1",
         "hardware": "Some CPU",
@@ -165,7 +166,7 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     page = written[0].read_text()
     assert "![speed ratios](rows-speed.svg)" in page
     assert "| ViT-S | 65,536 | 5 | fp32 | **4.00** (3.90 to 4.20) |" in page
-    assert "| 4, 8 | float32 | forward | 10 | 25 | 2.50 | 75% |" in page
+    assert "| 4, 8 | float32 | forward | 10 | 25 | 2.50 | 75% | 85% |" in page
     for picture in written[1:]:
         root = ElementTree.fromstring(picture.read_text())
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
