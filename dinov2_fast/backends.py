@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -72,6 +72,8 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("optimizer", "triton", "cuda"): (torch.float32,),
 }
 
+Refusals = Mapping[str, str] | Callable[[str], str]
+
 _logger = logging.getLogger("dinov2_fast")
 # What `use_backend` asks for. A plain global: torch.compile guards on it and traces again.
 _forced: str | None = None
@@ -101,7 +103,7 @@ def choose_backend(
     tensor: Tensor,
     backend: str | None,
     *,
-    refusals: Mapping[str, str] | None = None,
+    refusals: Refusals | None = None,
     first: str | None = None,
 ) -> str:
     """The backend that computes an op on a tensor; torch.compile folds it into a constant.
@@ -110,7 +112,8 @@ def choose_backend(
         op: stem of the op, a key of `PREFERENCE`.
         tensor: the op's main input; its device and dtype decide what is possible.
         backend: explicit choice, or None.
-        refusals: backend -> why this call's other arguments rule it out (a stride, a head size).
+        refusals: backend -> why this call's other arguments rule it out (a stride, a head size);
+            a function is asked only about the backends that come into question.
         first: backend that automatic choice tries before the others for this call's sizes.
     Returns:
         A name of `BACKENDS`.
@@ -118,8 +121,12 @@ def choose_backend(
         ValueError: the explicit name is not a backend.
         BackendUnavailable: the explicit choice cannot compute this call.
     """
-    reasons = () if refusals is None else tuple(refusals.items())
     requested = _forced if backend is None else backend
+    if callable(refusals):
+        if not torch.compiler.is_compiling():
+            return _choose(op, tensor.device.type, tensor.dtype, requested, refusals, first)
+        refusals = {name: refusals(name) for name in BACKENDS if name != "reference"}
+    reasons = () if refusals is None else tuple(refusals.items())
     return _chosen(op, tensor.device.type, tensor.dtype, requested, reasons, first)
 
 
@@ -136,8 +143,24 @@ def _chosen(
     refusals: tuple[tuple[str, str], ...],
     first: str | None,
 ) -> str:
-    """`choose_backend` on plain values."""
+    """`choose_backend` on plain values, which a trace takes for constants."""
     refused = dict(refusals)
+    return _choose(op, device_type, dtype, requested, lambda name: refused.get(name, ""), first)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.5 s).
+_chosen._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _choose(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    requested: str | None,
+    refused: Callable[[str], str],
+    first: str | None,
+) -> str:
+    """`choose_backend` with a function that says why a backend is ruled out, or ""."""
     explicit = requested if requested is not None else environment.backend()
     if explicit is not None:
         _check_name(op, explicit)
@@ -157,7 +180,9 @@ def _chosen(
         return "reference"
     order = PREFERENCE[op].get(device_type, ("reference",))
     preferred = environment.preferred_backend()
-    for name in sorted(order, key=lambda name: (name != preferred, name != first)):
+    if preferred is not None or first is not None:
+        order = sorted(order, key=lambda name: (name != preferred, name != first))
+    for name in order:
         reason = _why_not_this_call(op, name, device_type, dtype, refused)
         if not reason:
             return name
@@ -165,12 +190,8 @@ def _chosen(
     return "reference"
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo (1.5 s).
-_chosen._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
 def _why_not_this_call(
-    op: str, name: str, device_type: str, dtype: torch.dtype, refused: Mapping[str, str]
+    op: str, name: str, device_type: str, dtype: torch.dtype, refused: Callable[[str], str]
 ) -> str:
     """Why a backend cannot compute an op for this device, dtype and set of arguments, or ""."""
     if name == "reference":
@@ -183,7 +204,7 @@ def _why_not_this_call(
     if dtype not in dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"it takes {known}, got {str(dtype).removeprefix('torch.')}"
-    return refused.get(name, "")
+    return refused(name)
 
 
 @functools.cache

@@ -69,7 +69,9 @@ CUDA_ARCHS = Variable(
     "compute capabilities the extension is built for, as in 80;90a",
     "build",
 )
+_NO_OPS: frozenset[str] = frozenset()
 VARIABLES = (BACKEND, PREFER, DISABLE_KERNELS, CPU_LEVEL, BLOCK, BUILD, CUDA_ARCHS)
+_ENCODED_NAMES = {each.name: os.environ.encodekey(each.name) for each in VARIABLES}
 
 
 def value(variable: Variable) -> str:
@@ -78,6 +80,12 @@ def value(variable: Variable) -> str:
     Raises:
         ConfigError: the environment holds a value that is not among the choices.
     """
+    # Every call of an op asks for several variables that hardly ever are set, and `os.environ.get`
+    # raises and catches an error for each: the dictionary behind it, where there is one, says so
+    # in a quarter of the time.
+    known = getattr(os.environ, "_data", None)
+    if known is not None and _ENCODED_NAMES[variable.name] not in known:
+        return variable.default
     text = os.environ.get(variable.name) or variable.default
     if variable.choices and text not in variable.choices:
         raise ConfigError(
@@ -101,7 +109,8 @@ def preferred_backend() -> str | None:
 
 def disabled_kernels() -> frozenset[str]:
     """Ops that automatic choice must compute with the reference."""
-    return frozenset(name.strip() for name in value(DISABLE_KERNELS).split(",") if name.strip())
+    text = value(DISABLE_KERNELS)
+    return frozenset(name.strip() for name in text.split(",") if name.strip()) if text else _NO_OPS
 
 
 def cpu_level() -> str:

@@ -107,6 +107,29 @@ def test_a_call_can_refuse_a_backend_with_its_reason(with_extension: None):
         choose_backend("swiglu", X, "native", refusals=why)
 
 
+def test_reasons_are_asked_for_only_of_backends_in_question(with_extension: None):
+    asked: list[str] = []
+
+    def why_not(name: str) -> str:
+        asked.append(name)
+        return "rows must be adjacent" if name == "native" else ""
+
+    assert choose_backend("swiglu", X, "reference", refusals=why_not) == "reference"
+    assert asked == []
+    assert choose_backend("swiglu", X, None, refusals=why_not) == "reference"
+    assert asked == ["native"]
+    with pytest.raises(BackendUnavailable, match="rows must be adjacent; available: reference"):
+        choose_backend("swiglu", X, "native", refusals=why_not)
+
+
+def test_an_environment_without_a_dictionary_behind_it_is_read_too(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("os.environ", {"DINOV2_FAST_BACKEND": "reference"})
+    assert environment.backend() == "reference"
+    assert environment.preferred_backend() is None
+
+
 def test_float_types_a_kernel_lacks_are_refused_by_name(with_extension: None):
     assert choose_backend("swiglu", X.double(), None) == "reference"
     with pytest.raises(BackendUnavailable, match="takes float32, bfloat16, got float64"):

@@ -24,10 +24,13 @@ def check_tensor(op: str, name: str, tensor: Tensor, *shape: int | str) -> None:
     """
     if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(expected, str) or expected == size
-        for expected, size in zip(shape, tensor.shape, strict=True)
-    )
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for expected, size in zip(shape, sizes, strict=True):
+            # A loop, as generators cost what is checked many times.
+            if expected != size and not isinstance(expected, str):
+                fits = False
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{op}: {name} must have shape [{wanted}], got {tuple(tensor.shape)}")

@@ -12,8 +12,10 @@ from dinov2_fast.ops._native_cpu import (
     BLOCK_ROWS,
     Argument,
     dtype_name,
+    in_float32,
+    native_floats,
     on_cuda,
-    refuse_pair,
+    why_not_pair,
 )
 
 MAX_CHANNELS = 8192  # on a GPU a row and the sums over rows must fit in shared memory
@@ -22,16 +24,17 @@ MAX_CHANNELS = 8192  # on a GPU a row and the sums over rows must fit in shared 
 _MAX_PARTIALS = 528
 
 
-def native_layer_norm_refusals(
-    stream: Tensor, branch: torch.dtype, *others: Tensor
-) -> dict[str, str]:
-    """Why the native kernels take no such stream [T, C] and type of its branch's tensors."""
-    if on_cuda(stream) and stream.shape[-1] > MAX_CHANNELS:
-        why = f"it takes at most {MAX_CHANNELS} channels, got {stream.shape[-1]}"
-        return {"native": why}
-    if on_cuda(stream) and any(other.dtype != branch for other in others):
-        return {"native": f"all tensors of a branch must be {branch}"}
-    return refuse_pair(stream, branch)
+def why_not_native_layer_norm(stream: Tensor, branch: torch.dtype, *others: Tensor) -> str:
+    """Why the native kernels take no such stream [T, C] and type of its branch's tensors, or ""."""
+    if branch not in native_floats(stream):
+        return f"out_dtype must be one of {native_floats(stream)}, got {branch}"
+    if not on_cuda(stream):
+        return ""
+    if stream.shape[-1] > MAX_CHANNELS:
+        return f"it takes at most {MAX_CHANNELS} channels, got {stream.shape[-1]}"
+    if any(other.dtype != branch for other in others):
+        return f"all tensors of a branch must be {branch}"
+    return why_not_pair(stream, branch)
 
 
 def forward_native(
@@ -52,8 +55,8 @@ def forward_native(
     run_native(
         "layer_norm_forward",
         x=x,
-        weight=weight.float(),  # [C]: nothing beside the rows
-        bias=bias.float(),
+        weight=in_float32(weight),  # [C]: nothing beside the rows
+        bias=in_float32(bias),
         rows=rows,
         y=y,
         mean=mean,
@@ -113,7 +116,7 @@ def _backward(
     `source` is the output if there is a bias, the input if there is a mean, else normalised rows.
     """
     num_rows, channels = dy.shape
-    wide = weight.float()
+    wide = in_float32(weight)
     outputs: tuple[Tensor, Tensor] | None = None
     own: Mapping[str, Argument]
     if on_cuda(dx):
@@ -141,7 +144,7 @@ def _backward(
         mean=mean,
         rstd=rstd,
         weight=wide,
-        bias=None if bias is None else bias.float(),
+        bias=None if bias is None else in_float32(bias),
         source_rows=source_rows,
         dx_rows=dx_rows,
         dx=dx,
@@ -156,5 +159,7 @@ def _backward(
         **own,
     )
     dweight, dbias = scratch.sum(0) if outputs is None else outputs
+    if outputs is not None and weight is wide:
+        return outputs
     copy = outputs is None  # outputs of an op must not share storage
     return dweight.to(weight.dtype, copy=copy), dbias.to(weight.dtype, copy=copy)

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops._triton import device_of, triton_refusals
+from dinov2_fast.ops._triton import device_of, why_not_rows
 
 MAX_CHANNELS = 8192  # a row must fit in the registers of a program
 
 
-def triton_layer_norm_refusals(
+def why_not_triton_layer_norm(
     matrices: Mapping[str, Tensor], vectors: Mapping[str, Tensor], rows: Tensor | None
-) -> dict[str, str]:
-    """Why the Triton kernels cannot take these tensors; the vectors are floats."""
+) -> str:
+    """Why the Triton kernels cannot take these tensors, or ""; the vectors are floats."""
     channels = next(iter(matrices.values())).shape[-1]
     if channels > MAX_CHANNELS:
-        return {"triton": f"it takes at most {MAX_CHANNELS} channels, got {channels}"}
-    return triton_refusals({**matrices, **vectors}, {**vectors, "rows": rows})
+        return f"it takes at most {MAX_CHANNELS} channels, got {channels}"
+    return why_not_rows("triton", {**matrices, **vectors}, {**vectors, "rows": rows})
 
 
 def forward_triton(

@@ -15,11 +15,12 @@ def run_native(name: str, **arguments: Argument) -> None:
         name: of the function, without "_cpu" or "_cuda" at its end.
         arguments: as for `run_cpu`; CUDA functions do not look at those they have no use for.
     """
-    first = next(value for value in arguments.values() if isinstance(value, Tensor))
-    if on_cuda(first):
-        run_cuda(f"{name}_cuda", reached=(), **arguments)
-    else:
-        run_cpu(f"{name}_cpu", **arguments)
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            if on_cuda(value):
+                return run_cuda(f"{name}_cuda", reached=(), **arguments)
+            break
+    run_cpu(f"{name}_cpu", **arguments)
 
 
 def new_native_partials(like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from dinov2_fast import environment, native
 BLOCK_ROWS = 64
 
 FLOATS = (torch.float32, torch.bfloat16)
+_CUDA_FLOATS = (*FLOATS, torch.float16)
 # What `declare` wants for a function that serves both devices.
 NATIVE_DEVICES = (("native", "cpu"), ("native", "cuda"))
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*FLOATS, torch.float16)}
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _CUDA_FLOATS}
 
 Argument: TypeAlias = Tensor | float | str | tuple[int, ...] | None
 
@@ -30,11 +31,15 @@ def run_cpu(name: str, **arguments: Argument) -> None:
         arguments: all but the instruction set and the number of threads; the latter may be given
             where memory was allocated for that many.
     """
-    plain = {
-        key: value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
-        for key, value in arguments.items()
-    }
-    plain.setdefault("threads", torch.get_num_threads())
+    # A copy: `arguments` alone may keep a tensor alive that was made for this call.
+    plain: dict[str, Any] = dict(arguments)
+    for key, value in arguments.items():
+        if value is None:
+            plain[key] = 0
+        elif isinstance(value, Tensor):
+            plain[key] = value.data_ptr()
+    if "threads" not in plain:
+        plain["threads"] = torch.get_num_threads()
     getattr(native.module(), name)(**plain, level=environment.cpu_level())
 
 
@@ -56,13 +61,11 @@ def refusals(
         vectors: name -> tensor that must be contiguous.
         floats: types that the matrices may have; None is those of most kernels on their device.
     """
-    given = [tensor for tensor in matrices.values() if tensor is not None]
-    if floats is None and given:
-        floats = native_floats(given[0])
-    floats = floats or FLOATS
     for name, tensor in matrices.items():
         if tensor is None:
             continue
+        if floats is None:
+            floats = native_floats(tensor)
         if tensor.dtype not in floats:
             known = " or ".join(str(dtype).removeprefix("torch.") for dtype in floats)
             return {"native": f"{name} must be {known}, got {dtype_name(tensor)}"}
@@ -82,22 +85,26 @@ def on_cuda(tensor: Tensor) -> bool:
 
 def native_floats(tensor: Tensor) -> tuple[torch.dtype, ...]:
     """Float types that most native kernels take on a tensor's device."""
-    return (*FLOATS, torch.float16) if on_cuda(tensor) else FLOATS
+    return _CUDA_FLOATS if on_cuda(tensor) else FLOATS
 
 
-def refuse_pair(stream: Tensor, branch: torch.dtype) -> dict[str, str]:
-    """Why CUDA kernels take no such types of a residual stream and its branch; empty if they do."""
+def why_not_pair(stream: Tensor, branch: torch.dtype) -> str:
+    """Why CUDA kernels take no such types of a residual stream and its branch, or ""."""
     if on_cuda(stream) and torch.float32 not in (stream.dtype, branch) and stream.dtype != branch:
-        why = f"a stream of {stream.dtype} takes a branch of that type or float32, got {branch}"
-        return {"native": why}
-    return {}
+        return f"a stream of {stream.dtype} takes a branch of that type or float32, got {branch}"
+    return ""
 
 
-def refuse_overlap(name: str, written: Tensor) -> dict[str, str]:
-    """Why kernels cannot write to a matrix in place; empty if they can."""
-    if written.shape[0] > 1 and written.stride(0) < written.shape[1]:
-        return {"native": f"{name} must have rows that do not overlap, got {written.stride()}"}
-    return {}
+def why_not_overlap(name: str, written: Tensor) -> str:
+    """Why kernels cannot write to a matrix in place, or ""."""
+    if written.stride(0) < written.shape[1] and written.shape[0] > 1:
+        return f"{name} must have rows that do not overlap, got {written.stride()}"
+    return ""
+
+
+def in_float32(vector: Tensor) -> Tensor:
+    """The vector itself where it is float32 already: asking costs a tenth of a conversion."""
+    return vector if vector.dtype == torch.float32 else vector.float()
 
 
 def adjacent_columns(gradient: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dinov2_fast.ops._native_cpu import (
     NATIVE_DEVICES,
     adjacent_columns,
     dtype_name,
+    in_float32,
     new_partials,
     on_cuda,
     run_cpu,
@@ -113,7 +114,7 @@ def gather_native(
 
 def _ones_or(gamma: Tensor | None, like: Tensor) -> Tensor:
     """Gamma in float32: C numbers, nothing beside the rows."""
-    return like.new_ones(like.shape[1], dtype=torch.float32) if gamma is None else gamma.float()
+    return like.new_ones(like.shape[1], dtype=torch.float32) if gamma is None else in_float32(gamma)
 
 
 def _scatter_by(run: Kernel) -> Kernel:

@@ -27,6 +27,22 @@ def triton_refusals(
     return for_triton(refusals(matrices, vectors, floats=TRITON_FLOATS))
 
 
+def why_not_rows(
+    backend: str,
+    matrices: Mapping[str, Tensor | None],
+    vectors: Mapping[str, Tensor | None] | None = None,
+) -> str:
+    """Why a backend's kernels cannot take these tensors, or "".
+
+    Args:
+        backend: of which `choose_backend` asks.
+        matrices: name -> float tensor whose rows may be strided, its columns not.
+        vectors: name -> tensor that must be contiguous.
+    """
+    refused = triton_refusals if backend == "triton" else refusals
+    return refused(matrices, vectors or {}).get(backend, "")
+
+
 def for_triton(refused: Mapping[str, str]) -> dict[str, str]:
     """The reasons that `refusals` gives for native kernels, said of Triton."""
     return {"triton": next(iter(refused.values()))} if refused else {}

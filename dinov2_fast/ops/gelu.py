@@ -12,8 +12,8 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native import new_native_partials, of_partials, run_native
-from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, dtype_name, refusals
-from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
+from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, dtype_name
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, why_not_rows
 
 
 def gelu_reference(x: Tensor) -> Tensor:
@@ -45,8 +45,7 @@ def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Hendrycks, Gimpel, "Gaussian error linear units", 2016.
     """
     check_tensor("gelu", "x", x, "R", "F")
-    refused = refusals({"x": x}, {}) | triton_refusals({"x": x}, {})
-    chosen = choose_backend("gelu", x, backend, refusals=refused)
+    chosen = choose_backend("gelu", x, backend, refusals=lambda name: why_not_rows(name, {"x": x}))
     return gelu_reference(x) if chosen == "reference" else _forward(x, chosen)
 
 
@@ -71,8 +70,7 @@ def gelu_backward_(da: Tensor, x: Tensor, *, backend: str | None = None) -> Tens
     if da.dtype != x.dtype:
         raise ValueError(f"gelu_backward_: da must have the dtype of x {x.dtype}, got {da.dtype}")
     matrices = {"x": x, "da": da}
-    refused = refusals(matrices, {}) | triton_refusals(matrices, {})
-    chosen = choose_backend("gelu", x, backend, refusals=refused)
+    chosen = choose_backend("gelu", x, backend, refusals=lambda name: why_not_rows(name, matrices))
     if chosen == "reference":
         return gelu_backward_reference_(da, x)
     sums = _launch_triton_(da, x) if chosen == "triton" else _launch_native_(da, x)

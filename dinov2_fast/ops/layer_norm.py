@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,22 +23,16 @@ from dinov2_fast.ops._layer_norm_native import (
     backward_of_input_native,
     backward_of_output_native,
     forward_native,
-    native_layer_norm_refusals,
+    why_not_native_layer_norm,
 )
 from dinov2_fast.ops._layer_norm_triton import (
     backward_of_input_triton,
     backward_of_output_triton,
     forward_triton,
-    triton_layer_norm_refusals,
+    why_not_triton_layer_norm,
 )
-from dinov2_fast.ops._native_cpu import (
-    NATIVE_DEVICES,
-    adjacent_columns,
-    native_floats,
-    refusals,
-    refuse_overlap,
-)
-from dinov2_fast.ops._triton import TRITON_DEVICES, for_triton
+from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, why_not_overlap
+from dinov2_fast.ops._triton import TRITON_DEVICES, why_not_rows
 
 
 def layer_norm_reference(
@@ -133,11 +128,8 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer normalization", 2016.
     """
     _check(x, weight, bias, eps, rows)
-    refused = _refusals(x, weight, bias, rows)
-    if x.ndim != 2 and not x.is_contiguous():
-        refused = {"native": f"x must be contiguous or [T, C], got strides {x.stride()}"}
-        refused |= for_triton(refused)
-    chosen = choose_backend("layer_norm", x, backend, refusals=refused)
+    why_not = _why_not(x, weight, bias, rows, x.dtype)
+    chosen = choose_backend("layer_norm", x, backend, refusals=why_not)
     if chosen == "reference":
         check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_reference(x, weight, bias, eps=eps, rows=rows)
@@ -172,18 +164,16 @@ def layer_norm_forward(
         TypeError, ValueError, BackendUnavailable: as `layer_norm`.
     """
     _check(x, weight, bias, eps, rows)
-    refused = _refusals(x, weight, bias, rows)
-    refused |= native_layer_norm_refusals(x, out_dtype or x.dtype)
-    if out_dtype not in (None, *native_floats(x)):
-        refused |= {"native": f"out_dtype must be one of {native_floats(x)}, got {out_dtype}"}
-    chosen = choose_backend("layer_norm", x, backend, refusals=refused)
+    y_dtype = out_dtype or x.dtype
+    why_not = _why_not(x, weight, bias, rows, y_dtype)
+    chosen = choose_backend("layer_norm", x, backend, refusals=why_not)
     if chosen == "reference":
         check_row_range("layer_norm", "rows", rows, x.shape[0])
         return layer_norm_forward_reference(
             x, weight, bias, eps=eps, rows=rows, out_dtype=out_dtype
         )
     run = forward_triton if chosen == "triton" else forward_native
-    y, rstd, _ = run(x, weight, bias, eps, rows, out_dtype or x.dtype, want_mean=False)
+    y, rstd, _ = run(x, weight, bias, eps, rows, y_dtype, want_mean=False)
     return y, rstd
 
 
@@ -227,16 +217,16 @@ def layer_norm_backward_(
     source = y if normalised is None else normalised
     matrices = {"dx": dx, "dy": dy, "source": source}
     vectors = {"rstd": rstd, "weight": weight, "bias": bias}
-    overlap = refuse_overlap("dx", dx)
-    refused = (
-        refusals(matrices, {**vectors, "rows": rows})
-        | refusals(vectors, {})
-        | native_layer_norm_refusals(dx, dy.dtype, source)
-        | overlap
-        | triton_layer_norm_refusals(matrices, vectors, rows)
-        | for_triton(overlap)
-    )
-    chosen = choose_backend("layer_norm", dx, backend, refusals=refused)
+
+    def why_not(name: str) -> str:
+        overlap = why_not_overlap("dx", dx)
+        if overlap or name == "triton":
+            return overlap or why_not_triton_layer_norm(matrices, vectors, rows)
+        return why_not_rows(
+            name, {**matrices, **vectors}, {**vectors, "rows": rows}
+        ) or why_not_native_layer_norm(dx, dy.dtype, source)
+
+    chosen = choose_backend("layer_norm", dx, backend, refusals=why_not)
     if chosen == "reference":
         check_row_range("layer_norm_backward_", "rows", rows, dx.shape[0])
         return layer_norm_backward_reference_(
@@ -313,14 +303,20 @@ def _check_backward(
     )
 
 
-def _refusals(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> dict[str, str]:
-    """Why the kernels cannot take the arguments of a forward, or nothing."""
-    vectors = {"weight": weight, "bias": bias}
-    return (
-        refusals({"x": x}, {**vectors, "rows": rows})
-        | native_layer_norm_refusals(x, x.dtype)
-        | triton_layer_norm_refusals({"x": x}, vectors, rows)
-    )
+def _why_not(
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, out_dtype: torch.dtype
+) -> Callable[[str], str]:
+    """A function that says why a backend's kernels cannot take a forward's arguments, or ""."""
+
+    def why_not(name: str) -> str:
+        if x.ndim != 2 and not x.is_contiguous():
+            return f"x must be contiguous or [T, C], got strides {x.stride()}"
+        if name == "triton":
+            return why_not_triton_layer_norm({"x": x}, {"weight": weight, "bias": bias}, rows)
+        vectors = {"weight": weight, "bias": bias, "rows": rows}
+        return why_not_native_layer_norm(x, out_dtype) or why_not_rows(name, {"x": x}, vectors)
+
+    return why_not
 
 
 def _forward_by(run: Kernel) -> Kernel:

@@ -19,7 +19,7 @@ from dinov2_fast.ops._checks import (
     check_rows,
     check_tensor,
 )
-from dinov2_fast.ops._native_cpu import native_floats, refusals, refuse_overlap, refuse_pair
+from dinov2_fast.ops._native_cpu import native_floats, why_not_overlap, why_not_pair
 from dinov2_fast.ops._stochastic_depth_native import (
     gather_native,
     gather_op,
@@ -27,7 +27,7 @@ from dinov2_fast.ops._stochastic_depth_native import (
     scatter_op,
 )
 from dinov2_fast.ops._stochastic_depth_triton import gather_triton, scatter_triton_
-from dinov2_fast.ops._triton import for_triton, triton_refusals
+from dinov2_fast.ops._triton import why_not_rows
 from dinov2_fast.packing import Pack
 
 
@@ -175,8 +175,12 @@ def gather_rows(x: Tensor, rows: Tensor, *, backend: str | None = None) -> Tenso
     """
     check_tensor("gather_rows", "x", x, "T", "C")
     check_rows("gather_rows", "rows", rows, x.device)
-    refused = refusals({"x": x}, {"rows": rows}) | triton_refusals({"x": x}, {"rows": rows})
-    chosen = choose_backend("stochastic_depth", x, backend, refusals=refused)
+    chosen = choose_backend(
+        "stochastic_depth",
+        x,
+        backend,
+        refusals=lambda name: why_not_rows(name, {"x": x}, {"rows": rows}),
+    )
     if chosen == "reference":
         check_row_range("gather_rows", "rows", rows, x.shape[0])
         return gather_rows_reference(x, rows)
@@ -209,8 +213,12 @@ def scatter_add_scaled(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     _check_scatter("scatter_add_scaled", x, residual, rows, row_scale, gamma)
-    refused = _scatter_refusals(x, residual, rows, row_scale, gamma)
-    chosen = choose_backend("stochastic_depth", x, backend, refusals=refused)
+    chosen = choose_backend(
+        "stochastic_depth",
+        x,
+        backend,
+        refusals=lambda name: _why_not_scatter(name, x, residual, rows, row_scale, gamma),
+    )
     if chosen == "reference":
         check_row_range("scatter_add_scaled", "rows", rows, x.shape[0])
         return scatter_add_scaled_reference(x, residual, rows, row_scale.detach(), gamma)
@@ -241,9 +249,14 @@ def scatter_add_scaled_(
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     _check_scatter("scatter_add_scaled_", x, residual, rows, row_scale, gamma)
-    overlap = refuse_overlap("x", x)
-    refused = _scatter_refusals(x, residual, rows, row_scale, gamma) | overlap | for_triton(overlap)
-    chosen = choose_backend("stochastic_depth", x, backend, refusals=refused)
+    chosen = choose_backend(
+        "stochastic_depth",
+        x,
+        backend,
+        refusals=lambda name: (
+            why_not_overlap("x", x) or _why_not_scatter(name, x, residual, rows, row_scale, gamma)
+        ),
+    )
     if chosen == "reference":
         check_row_range("scatter_add_scaled_", "rows", rows, x.shape[0])
         scatter_add_scaled_reference_(x, residual, rows, row_scale, gamma)
@@ -283,21 +296,22 @@ def gather_scaled(
     if row_scale is not None:
         check_tensor(op, "row_scale", row_scale, (dx if rows is None else rows).shape[0])
     check_device(op, dx.device, row_scale=row_scale)
-    vectors = {"rows": rows, "row_scale": row_scale}
-    refused = (
-        refusals({"dx": dx}, vectors)
-        | triton_refusals({"dx": dx}, vectors)
-        | _scale_refusal(row_scale)
-    )
-    refused |= refuse_pair(dx, out_dtype or dx.dtype)
-    if out_dtype not in (None, *native_floats(dx)):
-        refused |= {"native": f"out_dtype must be one of {native_floats(dx)}, got {out_dtype}"}
-    chosen = choose_backend("stochastic_depth", dx, backend, refusals=refused)
+    g_dtype = out_dtype or dx.dtype
+
+    def why_not(name: str) -> str:
+        if name == "native" and g_dtype not in native_floats(dx):
+            return f"out_dtype must be one of {native_floats(dx)}, got {out_dtype}"
+        vectors = {"rows": rows, "row_scale": row_scale}
+        return _why_not_types(name, dx, g_dtype, row_scale) or why_not_rows(
+            name, {"dx": dx}, vectors
+        )
+
+    chosen = choose_backend("stochastic_depth", dx, backend, refusals=why_not)
     if chosen == "reference":
         check_row_range(op, "rows", rows, dx.shape[0])
         return gather_scaled_reference(dx, rows, row_scale, out_dtype=out_dtype)
     run = gather_triton if chosen == "triton" else gather_native
-    g, sums = run(dx, rows, row_scale, None, None, out_dtype or dx.dtype, want_sums=True, op=op)
+    g, sums = run(dx, rows, row_scale, None, None, g_dtype, want_sums=True, op=op)
     assert sums is not None
     return g, sums
 
@@ -323,27 +337,24 @@ def _check_scatter(
     check_device(op, x.device, residual=residual, row_scale=row_scale, gamma=gamma)
 
 
-def _scatter_refusals(
+def _why_not_scatter(
+    name: str,
     x: Tensor,
     residual: Tensor,
     rows: Tensor | None,
     row_scale: Tensor | None,
     gamma: Tensor | None,
-) -> dict[str, str]:
-    """Why the kernels cannot take the arguments of a scatter, or nothing."""
+) -> str:
+    """Why a backend's kernels cannot take the arguments of a scatter, or ""."""
+    matrices = {"x": x, "residual": residual, "gamma": gamma}
     vectors = {"rows": rows, "row_scale": row_scale, "gamma": gamma}
-    return (
-        refusals({"x": x, "residual": residual}, vectors)
-        | refusals({"gamma": gamma}, {})
-        | refuse_pair(x, residual.dtype)
-        | triton_refusals({"x": x, "residual": residual, "gamma": gamma}, vectors)
-        | _scale_refusal(row_scale)
+    return _why_not_types(name, x, residual.dtype, row_scale) or why_not_rows(
+        name, matrices, vectors
     )
 
 
-def _scale_refusal(row_scale: Tensor | None) -> dict[str, str]:
-    """The kernels read row scales in float32."""
-    if row_scale is None or row_scale.dtype == torch.float32:
-        return {}
-    why = f"row_scale must be float32, got {row_scale.dtype}"
-    return {"native": why, "triton": why}
+def _why_not_types(name: str, stream: Tensor, branch: torch.dtype, row_scale: Tensor | None) -> str:
+    """Why a backend takes no such types; all kernels read row scales in float32."""
+    if row_scale is not None and row_scale.dtype != torch.float32:
+        return f"row_scale must be float32, got {row_scale.dtype}"
+    return why_not_pair(stream, branch) if name == "native" else ""

@@ -12,8 +12,8 @@ from dinov2_fast.backends import choose_backend
 from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_tensor
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native import new_native_partials, of_partials, run_native
-from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, dtype_name, refusals
-from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, triton_refusals
+from dinov2_fast.ops._native_cpu import NATIVE_DEVICES, adjacent_columns, dtype_name
+from dinov2_fast.ops._triton import TRITON_DEVICES, device_of, why_not_rows
 
 
 def swiglu_reference(x12: Tensor) -> Tensor:
@@ -48,10 +48,9 @@ def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     _check(x12)
-    # Kernels for float16 exist on the GPU; the table of backends knows where.
-    refused = refusals({"x12": x12}, {})
-    refused |= triton_refusals({"x12": x12}, {})
-    chosen = choose_backend("swiglu", x12, backend, refusals=refused)
+    chosen = choose_backend(
+        "swiglu", x12, backend, refusals=lambda name: why_not_rows(name, {"x12": x12})
+    )
     if chosen == "reference":
         return swiglu_reference(x12)
     return _forward(x12, chosen)
@@ -80,8 +79,9 @@ def swiglu_backward_(dh: Tensor, x12: Tensor, *, backend: str | None = None) -> 
             f"swiglu_backward_: dh must have the dtype of x12 {x12.dtype}, got {dh.dtype}"
         )
     matrices = {"x12": x12, "dh": dh}
-    refused = refusals(matrices, {}) | triton_refusals(matrices, {})
-    chosen = choose_backend("swiglu", x12, backend, refusals=refused)
+    chosen = choose_backend(
+        "swiglu", x12, backend, refusals=lambda name: why_not_rows(name, matrices)
+    )
     if chosen == "reference":
         return swiglu_backward_reference_(dh, x12)
     sums = _launch_triton_(dh, x12) if chosen == "triton" else _launch_native_(dh, x12)
