@@ -154,6 +154,14 @@ template <typename D, typename G, typename S> struct BackwardRows {
     float g, along;
   };
 
+  // Whether two rows and the five vectors they share stay in a first-level cache beside what is
+  // asked for ahead of them; wider rows go one by one.
+  static constexpr bool pairs_fit(int64_t channels) {
+    constexpr int64_t kMostBytes = 24 << 10;
+    constexpr int64_t kBytes = 2 * (sizeof(G) + sizeof(S) + sizeof(D)) + 5 * sizeof(float);
+    return channels * kBytes <= kMostBytes;
+  }
+
   [[gnu::always_inline]] static inline Row row_of(const Backward& p, int64_t row) {
     return {static_cast<const G*>(p.dy) + row * p.dy_row_stride,
             static_cast<const S*>(p.source) + selected(p.source_rows, row) * p.source_row_stride,
@@ -244,7 +252,7 @@ template <typename D, typename G, typename S> struct BackwardRows {
     for (int64_t i = 0; i < 2 * p.channels; ++i)
       dweight[i] = 0.0f;
     int64_t row = begin;
-    for (; row + 2 <= end; row += 2) {
+    for (; row + 2 <= end && pairs_fit(p.channels); row += 2) {
       const Row a = row_of(p, row), b = row_of(p, row + 1);
       Means of_a, of_b;
       prefetch(p, row + 2, end);
@@ -253,9 +261,15 @@ template <typename D, typename G, typename S> struct BackwardRows {
       finish(p, a, of_a);
       finish(p, b, of_b);
     }
-    if (row < end) {
+    for (; row < end; ++row) {
       const Row a = row_of(p, row);
       Means of_a, unused;
+      prefetch_row(a.dx, p.channels);
+      if (row + 1 < end) {
+        const Row next = row_of(p, row + 1);
+        prefetch_row(next.source, p.channels);
+        prefetch_row(next.dy, p.channels);
+      }
       reduce<false>(p, dweight, dbias, a, a, of_a, unused);
       finish(p, a, of_a);
     }

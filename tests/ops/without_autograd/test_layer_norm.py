@@ -154,6 +154,23 @@ def test_every_instruction_set_is_within_budget_on_every_tail(
             assert_within_error_budget(a, low_precision=b, truth=c, name=f"layer_norm {channels}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [384, 389])  # 389: most rows begin at no vector; both: a tail
+def test_many_rows_come_out_as_few_do(channels: int, dtype: torch.dtype, on_native: None):
+    # In bf16 more than the MiB from which rows are written past caches; of 33 one has no partner.
+    inputs = make_inputs(1501, channels, torch.float32, "cpu")
+    inputs[0][7, 3], inputs[0][40, 5] = torch.nan, torch.inf
+    dy = randn(1501, channels, dtype=dtype, seed=3)
+    options = {"save_normalised": False, "backend": "native"}
+    many = raw_outputs(inputs, None, dy, dtype, **options)
+    few = [
+        raw_outputs([x, *inputs[1:]], None, part, dtype, **options)
+        for x, part in zip(inputs[0].split(33), dy.split(33), strict=True)
+    ]
+    for name, whole, parts in zip(("y", "dx"), many, zip(*few, strict=True), strict=False):
+        assert torch.allclose(whole, torch.cat(parts), rtol=0, atol=0, equal_nan=True), name
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native: None):
     inputs = make_inputs(1031, 384, torch.float32, "cpu")  # 12 threads' worth, a prime of rows
