@@ -119,7 +119,7 @@ def given(stem: str, seed: int) -> Tensor:
 
 
 @pytest.fixture(params=["native", "triton"])
-def backend(request: pytest.FixtureRequest, stem: str) -> str:
+def compiled(request: pytest.FixtureRequest, stem: str) -> str:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     if reason := availability(stem, "cuda")[request.param]:
@@ -128,31 +128,31 @@ def backend(request: pytest.FixtureRequest, stem: str) -> str:
 
 
 @pytest.mark.parametrize("stem", CALLS)
-def test_work_waits_for_its_own_stream(stem: str, backend: str):
+def test_work_waits_for_its_own_stream(stem: str, compiled: str):
     late = given(stem, 1)
-    expected = CALLS[stem](late, backend)  # compiled and chosen before the stream is busy
+    expected = CALLS[stem](late, compiled)  # compiled and chosen before the stream is busy
     x, side = given(stem, 0), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(BUSY_CYCLES)
         x.copy_(late)
-        found = CALLS[stem](x, backend)
+        found = CALLS[stem](x, compiled)
     side.synchronize()
     assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("stem", CALLS)
-def test_a_captured_graph_computes_what_came_since(stem: str, backend: str):
+def test_a_captured_graph_computes_what_came_since(stem: str, compiled: str):
     first, second = given(stem, 0), given(stem, 1)
-    expected = CALLS[stem](second, backend)
+    expected = CALLS[stem](second, compiled)
     x, side = first.clone(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        CALLS[stem](x, backend)  # libraries allocate what they keep
+        CALLS[stem](x, compiled)  # libraries allocate what they keep
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = CALLS[stem](x, backend)
+        found = CALLS[stem](x, compiled)
     x.copy_(second)
     graph.replay()
     assert all(map(torch.equal, found, expected))
