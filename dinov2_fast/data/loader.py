@@ -111,6 +111,29 @@ class StopRequested(Exception):
     """The wait for a batch was given up because the caller's `stop_requested` said so."""
 
 
+class _DoneEvent:
+    """The event by which torch's iterator tells workers to end, in the training process.
+
+    A worker that is killed may hold the lock of that event for good, even while it only looks at
+    it; whoever waits for the lock hangs.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+        self._told = False
+
+    def is_set(self) -> bool:
+        """Whether workers were told."""
+        return self._told
+
+    def set(self) -> None:
+        """Tells them, if none has died with the lock."""
+        self._told = True
+        teller = threading.Thread(target=self._event.set, daemon=True)
+        teller.start()
+        teller.join(timeout=1)
+
+
 class _Watchdog(threading.Thread):
     """Kills the workers when a batch takes too long.
 
@@ -283,7 +306,7 @@ class TrainingLoader:
         while True:
             try:
                 if self._batches is None:
-                    self._batches = iter(self._new_loader())
+                    self._batches = self._new_batches()
                 batch = self._received(self._batches)
                 break
             # The builder returns its failures, so what is raised here comes from the machinery: a
@@ -343,6 +366,12 @@ class TrainingLoader:
             generator=torch.Generator(),  # else it would advance the global one
             **settings,
         )
+
+    def _new_batches(self) -> Iterator[Batch | Failure]:
+        batches: Any = iter(self._new_loader())
+        if self.num_workers:
+            batches._workers_done_event = _DoneEvent(batches._workers_done_event)
+        return batches
 
     def _workers(self) -> list[BaseProcess]:
         return list(getattr(self._batches, "_workers", ()))

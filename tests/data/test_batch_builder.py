@@ -126,13 +126,13 @@ def test_data_without_any_readable_image_is_a_data_error(tmp_path):
         made.build(0)
     failure = made[0]
     assert isinstance(failure, Failure)
-    assert failure.is_data_error
+    assert failure.error is DataError
 
 
 def test_a_bug_comes_back_as_a_failure_with_its_traceback():
     failure = builder(Buggy(3))[0]
     assert isinstance(failure, Failure)
-    assert not failure.is_data_error
+    assert failure.error is None
     assert "a bug in reading image" in failure.message
     assert "Traceback" in failure.message
 

@@ -127,6 +127,17 @@ def test_a_frozen_worker_is_replaced_after_the_timeout(reference, fast_poll, whi
         os.kill(hung[0], 0)
 
 
+def test_a_lock_that_a_killed_worker_held_is_not_waited_for(reference, fast_poll):
+    loader = make(Pictures(10, delay_s=0.2), num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    loader._batches._workers_done_event._event._cond.acquire()  # as the worker would have
+    os.kill(workers_of(loader)[0], signal.SIGKILL)
+    for expected, batch in zip(reference[1:], list(islice(batches, 4)), strict=False):
+        assert_equal(expected, batch)
+    loader.close()
+
+
 def test_workers_that_keep_dying_end_the_run_with_advice(fast_poll):
     loader = make(Pictures(10, delay_s=0.05), num_workers=1)
     batches = iter(loader)

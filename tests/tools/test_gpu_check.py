@@ -28,12 +28,14 @@ OP_ROW = {
     "gb_s": 2400.0,
     "share_of_copy_bandwidth": 0.9,
     "bytes": 1,
+    "threads": "1",
     "hardware": "NVIDIA Test 80GB",
     "torch": "2.14.1",
 }
 STEP_ROW = {
     **{"kind": "step", "arch": "vits14", "dtype": "bf16", "prototypes": 65536, "batch_size": 32},
     **{"backend": "native", "device": "cuda", "rounds": 1, "hardware": "NVIDIA Test 80GB"},
+    "threads": 1,
     **{"seconds": {"fast": 0.05}, "peak_mib": {"fast": 4000.0}, "torch": "2.14.1"},
     **{"speed_ratio": 2.5, "memory_ratio": 6.0, "saved_bytes_ratio": 7.0, "arithmetic_ratio": 2.5},
     **{"speed_ratio_range": [2.5, 2.5], "memory_ratio_range": [6.0, 6.0]},
