@@ -149,10 +149,10 @@ def _forward_triton(x: Tensor, eps: float) -> tuple[Tensor, ...]:
     """The loss, and what the backward needs of the rows; by Triton."""
     from dinov2_fast.kernels import koleo as kernels
 
-    loss, *kept = outputs = _forward_fake(x, eps)
+    loss, normalised, norms, nearest, pulls = outputs = _forward_fake(x, eps)
     losses = x.new_empty(x.shape[0])
     with device_of(x):
-        kernels.forward(x, losses, *kept, eps)
+        kernels.forward(x, losses, normalised, norms, nearest, pulls, eps)
     _mean_into(loss, losses)
     return outputs
 
