@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness import measure, skip_unless_available
-from benchmarks.shapes import KEPT_ROWS
+from benchmarks.shapes import KEPT_ROWS, draw_rows
 from dinov2_fast.ops.layer_norm import layer_norm_backward_, layer_norm_forward
 
 
@@ -29,7 +29,7 @@ def test_layer_norm(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, channels, generator=generator).to(device)  # float32 stream
     dy = torch.randn(num_rows, channels, generator=generator).to(device, out_dtype)
-    rows = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values.to(device)
+    rows = draw_rows(num_tokens, device).rows
     weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
     options = {"rows": rows, "backend": backend}
     y, rstd = layer_norm_forward(x, weight, bias, eps=1e-6, out_dtype=out_dtype, **options)

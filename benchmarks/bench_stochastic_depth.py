@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness import measure, skip_unless_available
-from benchmarks.shapes import KEPT_ROWS
+from benchmarks.shapes import KEPT_ROWS, draw_rows
 from dinov2_fast.ops.stochastic_depth import gather_scaled, scatter_add_scaled_
 
 
@@ -29,8 +29,8 @@ def test_stochastic_depth(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, channels, generator=generator).to(device)  # float32 stream
     residual = torch.randn(num_rows, channels, generator=generator).to(device, branch_dtype)
-    rows = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values.to(device)
-    row_scale = torch.full((num_rows,), num_tokens / num_rows, device=device)
+    kept = draw_rows(num_tokens, device)
+    rows, row_scale = kept.rows, kept.row_scale
     gamma = torch.full((channels,), 1e-5, device=device)
     if mode == "scatter":
         # read residual and x, write x

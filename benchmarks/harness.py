@@ -9,6 +9,9 @@ And against a copy of as many bytes as the op moves, after the same flush: at a 
 slower than a large one, since it too writes back what the flush left in the caches and runs code
 that is not in them. The second is what ordinary loads and stores can reach at the op's size; stores
 past the caches go beyond it.
+
+The C library's allocator is set as the command line sets it, for every contender: otherwise what was
+allocated and freed around a row decides whether page faults are measured with it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from dinov2_fast.backends import DTYPES, availability
 from dinov2_fast.bench.machine import copy_bandwidth_gb_s, hardware, synchronize
+from dinov2_fast.train.memory import reuse_freed_memory
 
 WARMUP_ROUNDS = 5
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
@@ -95,6 +99,7 @@ def measure(
             prepare()
         benchmark(run)
         return
+    reuse_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     scratch = torch.empty(FLUSH_BYTES // 4, device=device)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.harness import CPU_ROW, GPU_ROW
-from dinov2_fast.ops.stochastic_depth import keep_count
+from dinov2_fast.ops.stochastic_depth import KeptRows, draw_kept_rows, keep_count
+from dinov2_fast.packing import Pack
 
 CPU_IMAGES, GPU_IMAGES = 5, 64
 DROP_RATIO = 0.4
@@ -55,10 +57,24 @@ def _kept(num_images: int, width: int) -> tuple[int, int, int]:
     return num_tokens(num_images), num_tokens(num_images, DROP_RATIO), width
 
 
-# (T, R, C): tokens of a pack, those a branch keeps, channels.
+def draw_rows(all_tokens: int, device: str) -> KeptRows:
+    """Rows that a branch keeps, whole sequences as in training.
+
+    Args:
+        all_tokens: T of `KEPT_ROWS`.
+        device: "cpu" or "cuda".
+    """
+    pack = Pack.from_groups(crop_groups(all_tokens // num_tokens(1)), device)
+    kept = draw_kept_rows(pack, DROP_RATIO, torch.Generator().manual_seed(0))
+    assert kept is not None  # the ratio is not 0
+    return kept
+
+
+# (T, R, C): tokens of a pack, those a branch keeps, channels. The large shapes on the CPU are past
+# its caches.
 KEPT_ROWS = cases(
     cpu=[_kept(CPU_IMAGES, WIDTHS["ViT-S"])],
-    full=[_kept(CPU_IMAGES, WIDTHS["ViT-B"])],
+    full=[_kept(CPU_IMAGES, WIDTHS["ViT-B"]), _kept(8 * CPU_IMAGES, WIDTHS["ViT-S"])],
     cuda=[_kept(GPU_IMAGES, width) for width in WIDTHS.values()],
 )
 

@@ -13,12 +13,13 @@ import ctypes
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-_LARGEST_THRESHOLD = 32 * 2**20  # glibc takes no higher one on 64-bit machines
+# mallopt takes an int. A glibc that refuses thresholds past half of a thread's heap takes 32 MiB.
+_THRESHOLDS = (2**31 - 1, 32 * 2**20)
 _NEVER_TRIM = 2**31 - 1
 
 
 def reuse_freed_memory() -> bool:
-    """Keep freed blocks of up to 32 MiB in the process; for programs, not for libraries.
+    """Keep freed blocks of up to 2 GiB in the process; for programs, not for libraries.
 
     Changes the whole process and cannot be undone, so only the command line calls it.
 
@@ -30,6 +31,5 @@ def reuse_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)) and bool(
-        mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
-    )
+    taken = any(mallopt(_M_MMAP_THRESHOLD, threshold) for threshold in _THRESHOLDS)
+    return taken and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))
