@@ -10,8 +10,8 @@ slower than a large one, since it too writes back what the flush left in the cac
 that is not in them. The second is what ordinary loads and stores can reach at the op's size; stores
 past the caches go beyond it.
 
-The C library's allocator is set as the command line sets it, for every contender: otherwise what was
-allocated and freed around a row decides whether page faults are measured with it.
+The C library's allocator is set as the command line sets it, for every contender: otherwise what
+was allocated and freed around a row decides whether page faults are measured with it.
 """
 
 from __future__ import annotations
