@@ -88,7 +88,7 @@ def run_demo(
     start = time.perf_counter()
     photographs = find_photographs()
     config = _config(out, seed, steps, overrides)
-    _refuse_another_seed(out, seed)
+    _claim_images(out, seed)
     from dinov2_fast.data.loader import start_fork_server
 
     if config.data.num_workers:
@@ -191,13 +191,33 @@ def _config(out: Path, seed: int, steps: int | None, overrides: dict[str, Any] |
     return load_config(PRESET, changes)
 
 
-def _refuse_another_seed(out: Path, seed: int) -> None:
-    """Keep the images of an earlier demo in this folder: its run belongs to them."""
-    saved = out / "run" / "config.yaml"
-    if saved.is_file():
+def _claim_images(out: Path, seed: int) -> None:
+    """Refuse a folder whose images this demo did not make: it would write over them."""
+    folder, saved = out / "images", out / "run" / "config.yaml"
+    claim = folder / "demo.json"
+    earlier = seed
+    if claim.is_file():
+        earlier = _claimed_seed(claim)
+    elif saved.is_file():
         earlier = load_config(str(saved)).run.seed
-        if earlier != seed:
-            raise OutputError(f"demo: {out} holds one with seed {earlier}; choose another --out")
+    elif folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"demo: {folder} holds files that no demo made; choose another --out")
+    if earlier != seed:
+        raise OutputError(f"demo: {out} holds one with seed {earlier}; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim.write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"demo: cannot write {folder}: {error.strerror}") from error
+
+
+def _claimed_seed(claim: Path) -> int:
+    try:
+        return int(json.loads(claim.read_text(encoding="utf-8"))["seed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"demo: {claim} does not say which seed its images have; choose another --out"
+        ) from error
 
 
 def _make_images(photographs: dict[str, Path], out: Path, seed: int) -> ImageSet:

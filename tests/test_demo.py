@@ -109,6 +109,26 @@ def test_another_seed_in_the_same_folder_is_refused_and_changes_no_image(finishe
     assert image.read_bytes() == before
 
 
+def test_a_folder_of_own_images_is_refused_and_left_as_it_is(photographs, tmp_path: Path):
+    own = tmp_path / "out" / "images" / "train" / "moon" / "000.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"my picture")
+    with pytest.raises(OutputError, match="choose another --out"):
+        demo.run_demo(tmp_path / "out", overrides=TINY)
+    assert own.read_bytes() == b"my picture"
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [own]
+
+
+def test_a_demo_stopped_among_its_images_goes_on_with_its_seed_alone(photographs, tmp_path: Path):
+    demo._claim_images(tmp_path, 1)  # what is left when it stops before the first image
+    with pytest.raises(OutputError, match="seed 1"):
+        demo.run_demo(tmp_path, seed=2, overrides=TINY)
+    assert demo.run_demo(tmp_path, seed=1, overrides=TINY)["steps"] == 3
+    (tmp_path / "images" / "demo.json").write_text("{}")
+    with pytest.raises(OutputError, match="which seed"):
+        demo.run_demo(tmp_path, seed=1, overrides=TINY)
+
+
 def test_without_scikit_image_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dinov2_fast\[demo\]'"):
