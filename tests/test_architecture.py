@@ -40,6 +40,7 @@ LEAVES = {
     "environment",
     "errors",
     "flash_attention",
+    "manifest",
     "native",
     "packing",
 }

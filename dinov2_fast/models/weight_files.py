@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.errors import CheckpointError, OutputError
+from dinov2_fast.manifest import check_unchanged, noted_of
 from dinov2_fast.models.mismatch import listed
 from dinov2_fast.models.training_dumps import State
 
@@ -48,7 +49,8 @@ def load_weights(path: str | Path) -> State:
             are taken: `teacher` (as `teacher.…` keys), else `student`, else `model` or
             `state_dict`.
     Raises:
-        CheckpointError: missing, damaged, with code inside, or not a mapping of tensors.
+        CheckpointError: missing, damaged, with code inside, not a mapping of tensors, or no more
+            the file whose SHA-256 its run noted beside it.
     """
     return read_weight_file(path).state
 
@@ -66,6 +68,7 @@ def read_weight_file(path: str | Path) -> WeightFile:
         return _read_transformers_folder(path)
     if not path.exists():
         raise CheckpointError(f"weights: {path} does not exist")
+    _check_unchanged(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
@@ -118,6 +121,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise OutputError(f"weights: {path} cannot be written: {error}") from error
+
+
+def _check_unchanged(path: Path) -> None:
+    """Refuse a file of a run that is not the one the run wrote."""
+    try:
+        noted = noted_of(path)
+        if noted is not None:
+            check_unchanged(path, noted)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; restore it from a copy, or give another checkpoint of the run"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> WeightFile:

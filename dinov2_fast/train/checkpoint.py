@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,16 +23,21 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.errors import CheckpointError
+from dinov2_fast.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    canonical_json,
+    check_unchanged,
+    read_manifest,
+    require_plain,
+    sealed,
+)
 from dinov2_fast.train.run_directory import output_errors, sync_folder
 from dinov2_fast.train.tensor_file import write_tensors
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "MANIFEST.json"
 _TENSORS_NAME, _STATE_NAME = "state.safetensors", "state.json"
 _TEMPORARY_PREFIX = ".tmp-"
 _FOLDER_NAME = re.compile(r"step-(\d{8,12})")
-# A manifest is about 1 KB; more is not ours and is not read.
-_MAX_MANIFEST_BYTES = 1 << 20
 
 # Settings that change neither what is computed nor from which data.
 HARMLESS_KEYS = frozenset(
@@ -177,21 +181,17 @@ def verify_checkpoint(path: Path, *, hashes: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file that is missing, cut or changed.
     """
-    manifest = _read_manifest(path)
-    for name, expected in manifest["files"].items():
+    manifest = read_manifest(path)
+    described = f"step-{manifest['step']:08d}", {_TENSORS_NAME, _STATE_NAME}
+    if (path.name, set(manifest["files"])) != described:
+        raise CheckpointError(f"checkpoint: {path / MANIFEST_NAME} does not describe {path.name}")
+    for name, noted in manifest["files"].items():
         file = path / name
         try:
-            status = file.lstat()
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"checkpoint: {file} must be a plain file")
-            if status.st_size != expected["size"]:
-                raise CheckpointError(
-                    f"checkpoint: {file} must have {expected['size']} bytes, got {status.st_size}"
-                )
-            if hashes and _sha256(file) != expected["sha256"]:
-                raise CheckpointError(f"checkpoint: {file} was changed: its SHA-256 does not agree")
+            require_plain(file)
         except OSError as error:
             raise CheckpointError(f"checkpoint: {file} cannot be read: {error.strerror}") from error
+        check_unchanged(file, noted, hashes=hashes)
     return manifest
 
 
@@ -238,7 +238,7 @@ def differing_keys(former: dict[str, Any], current: dict[str, Any]) -> list[str]
 def config_hash(config: dict[str, Any]) -> str:
     """SHA-256 over the settings that change what is computed."""
     relevant = {key: value for key, value in _leaves(config) if key not in HARMLESS_KEYS}
-    return hashlib.sha256(_canonical(relevant)).hexdigest()
+    return hashlib.sha256(canonical_json(relevant)).hexdigest()
 
 
 def _write_files(
@@ -262,8 +262,7 @@ def _write_files(
         "format": FORMAT_VERSION,
         "step": step,
     }
-    manifest["self_sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
-    _write_durably(folder / MANIFEST_NAME, _canonical(manifest))
+    _write_durably(folder / MANIFEST_NAME, sealed(manifest))
     sync_folder(folder)
 
 
@@ -288,40 +287,6 @@ def _remove_folder(path: Path) -> None:
         doomed.unlink()
     else:
         shutil.rmtree(doomed)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST_NAME
-    try:
-        if not stat.S_ISREG(file.lstat().st_mode):
-            raise CheckpointError(f"checkpoint: {file} must be a plain file")
-        with open(file, "rb") as stream:
-            content = stream.read(_MAX_MANIFEST_BYTES)
-        manifest = json.loads(content)
-        named = manifest.pop("self_sha256")
-        intact = hashlib.sha256(_canonical(manifest)).hexdigest() == named
-        # Byte for byte what we would write: no second spelling, no repeated key gets through.
-        intact = intact and content == _canonical({**manifest, "self_sha256": named})
-        known = manifest["format"] == FORMAT_VERSION
-        fits = (
-            f"step-{manifest['step']:08d}" == path.name
-            and set(manifest["files"]) == {_TENSORS_NAME, _STATE_NAME}
-            and all(set(entry) == {"sha256", "size"} for entry in manifest["files"].values())
-        )
-    except OSError as error:
-        raise CheckpointError(f"checkpoint: {file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint: {file} is not a manifest: {error}") from error
-    if not intact:
-        raise CheckpointError(f"checkpoint: {file} was changed: its SHA-256 does not agree")
-    if not known:
-        raise CheckpointError(
-            f"checkpoint: {file} must have format {FORMAT_VERSION}, got {manifest['format']}; "
-            "use the release of dinov2_fast that wrote it"
-        )
-    if not fits:
-        raise CheckpointError(f"checkpoint: {file} does not describe {path.name}")
-    return manifest
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
@@ -367,18 +332,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("utf-8")
 
 
 def _leaves(mapping: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

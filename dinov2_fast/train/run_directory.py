@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_fast.errors import OutputError
+from dinov2_fast.manifest import SUMMARY_NAME
 
 # What `write_atomic` leaves when it is killed.
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -35,7 +36,7 @@ class RunDirectory:
         self.metrics = self.root / "metrics.jsonl"
         self.quarantine = self.root / "quarantine.jsonl"
         self.teacher = self.root / "teacher.safetensors"
-        self.summary = self.root / "summary.json"
+        self.summary = self.root / SUMMARY_NAME
         self.nonfinite = self.root / "nonfinite"
         self.lock = self.root / "run.lock"
 

@@ -323,7 +323,9 @@ def _finish(session: Session) -> dict[str, Any]:
     }
     with output_errors(files.root):
         state = teacher_state_official(session.pair)
-        replace_tensors(files.teacher, state, backbone_metadata(backbone))
+        sha256, size = replace_tensors(files.teacher, state, backbone_metadata(backbone))
+        # What `noted_of` compares the file with wherever weights are read.
+        summary["files"] = {files.teacher.name: {"sha256": sha256, "size": size}}
         write_atomic(files.summary, json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -25,23 +25,28 @@ _DTYPE_NAMES = {
 }
 
 
-def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def replace_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[str, int]:
     """Write a safetensors file so that the path holds the old file or the whole new one.
 
     Args:
         path: the file.
         tensors: see `write_tensors`.
         metadata: see `write_tensors`.
+    Returns:
+        See `write_tensors`.
     Raises:
         OSError: the disk is full or not writable; the old file stays.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        write_tensors(temporary, tensors, metadata)
+        written = write_tensors(temporary, tensors, metadata)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    return written
 
 
 def write_tensors(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import torch
 
 from dinov2_fast.config import Config, to_dict
 from dinov2_fast.errors import CheckpointError, OutputError
+from dinov2_fast.manifest import sealed
 from dinov2_fast.train import checkpoint, run_directory, tensor_file
 from dinov2_fast.train.checkpoint import (
     config_hash,
@@ -218,8 +220,7 @@ def resign(path: Path, change) -> None:
     manifest = json.loads(file.read_text())
     del manifest["self_sha256"]
     change(manifest)
-    manifest["self_sha256"] = checkpoint.hashlib.sha256(checkpoint._canonical(manifest)).hexdigest()
-    file.write_bytes(checkpoint._canonical(manifest))
+    file.write_bytes(sealed(manifest))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ def test_a_state_that_names_tensors_it_does_not_have_is_refused(tmp_path):
     (path / "state.json").write_bytes(content)
 
     def change(manifest):
-        digest = checkpoint.hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(content).hexdigest()
         manifest["files"]["state.json"] = {"sha256": digest, "size": len(content)}
 
     resign(path, change)
