@@ -1,10 +1,11 @@
-"""What a run would be, without starting it: settings, sizes, steps, memory that stays taken."""
+"""What a run would be: settings, sizes, steps, memory that stays taken, and why it will be slow."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from dinov2_fast import environment, native
 from dinov2_fast.config import Config, to_yaml
 from dinov2_fast.train.parallel import launched_processes
 from dinov2_fast.train.schedules import Schedules
@@ -51,6 +52,21 @@ def describe(config: Config, *, num_processes: int | None = None) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join([to_yaml(config), *lines])
+
+
+def why_slow(device: torch.device) -> str:
+    """One line for a run that computes without the extension and was not told to; else empty.
+
+    Args:
+        device: of the run. On a GPU automatic choice takes the references anyway.
+    """
+    chosen = environment.backend() or environment.preferred_backend()
+    if device.type != "cpu" or chosen is not None or not native.why_not():
+        return ""
+    return (
+        "slow: every operation takes its PyTorch reference, there are no native kernels: "
+        f"{native.why_not()} (`dinov2-fast doctor` tells more)"
+    )
 
 
 def count_parameters(module: nn.Module) -> int:

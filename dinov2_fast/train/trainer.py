@@ -20,7 +20,7 @@ from dinov2_fast.data.loader import StopRequested, TrainingLoader
 from dinov2_fast.data.seeding import DROPPED_SAMPLES, derive_seed
 from dinov2_fast.distributed import all_reduce_mean
 from dinov2_fast.errors import ConfigError, UserError
-from dinov2_fast.train.describe import count_parameters, describe
+from dinov2_fast.train.describe import count_parameters, describe, why_slow
 from dinov2_fast.train.determinism import deterministic_algorithms
 from dinov2_fast.train.interruption import STOP_ERRORS, Interruption
 from dinov2_fast.train.metrics import memory_mib, target_statistics, to_floats
@@ -102,6 +102,8 @@ def train(
         stop_step = min(config.run.stop_step or total_steps, total_steps)
         if session.step < stop_step:
             progress.message(_announcement(session, source, stop_step=stop_step))
+            if reason := why_slow(place.device):
+                progress.message(reason)
             loader = _loader(session, source, stop_step, interruption)
             with progress, contextlib.closing(loader):
                 _run_steps(session, iter(loader), stop_step, interruption, on_log)

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import time
 
+import pytest
+import torch
+
+from dinov2_fast import native
 from dinov2_fast.config import load_config
+from dinov2_fast.train.describe import why_slow
 from dinov2_fast.train.trainer import describe
 
 
@@ -38,3 +43,25 @@ def test_the_description_holds_the_resolved_settings():
     text = describe(load_config("debug", {"run.seed": 17}))
     assert "\n  seed: 17\n" in text
     assert "\n  num_local: 4\n" in text
+
+
+@pytest.mark.parametrize(
+    ("where", "chosen", "expected"),
+    [
+        ("cpu", {}, "slow: every operation takes its PyTorch reference"),
+        ("cpu", {"DINOV2_FAST_BACKEND": "reference"}, ""),
+        ("cpu", {"DINOV2_FAST_PREFER": "reference"}, ""),
+        ("cuda", {}, ""),
+    ],
+)
+def test_a_run_without_the_extension_says_that_it_is_slow(monkeypatch, where, chosen, expected):
+    for name in ("DINOV2_FAST_BACKEND", "DINOV2_FAST_PREFER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(native, "why_not", lambda: "it is not built; run `pip install .`")
+    said = why_slow(torch.device(where))
+    assert said.startswith(expected)
+    assert ("it is not built; run `pip install .`" in said) == bool(expected)
+    monkeypatch.setattr(native, "why_not", lambda: "")
+    assert not why_slow(torch.device(where))

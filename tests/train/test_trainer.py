@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinov2_fast import backends, native
 from dinov2_fast.config import Config, load_config
 from dinov2_fast.errors import CheckpointError, ConfigError, DataError, NumericsError, OutputError
 from dinov2_fast.models.pretrained import load_backbone
@@ -78,6 +79,17 @@ def test_a_run_leaves_everything_it_promises(finished, config):
         "step-00000008",
         "step-00000009",
     ]
+
+
+def test_a_run_without_the_extension_says_once_that_it_is_slow(
+    tmp_path, config, capsys, monkeypatch
+):
+    why = "the extension is not built; run `pip install .` in the project's folder"
+    monkeypatch.setattr(native, "_load", lambda: (None, why))
+    monkeypatch.setattr(backends, "_why_not", backends._why_not.__wrapped__)  # remembers no other
+    train(config.updated({"run.stop_step": 1}), tmp_path)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "slow:" in line)
+    assert why in line
 
 
 def test_the_loss_falls(finished):
