@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -221,40 +222,41 @@ Products products_of(Level level) {
                                        : Products::none;
 }
 
-// Levels of this processor whose products come out wrong, by name; tried once.
-const std::vector<std::string>& wrong_products() {
-  static const std::vector<std::string> wrong = [] {
-    std::vector<std::string> names;
-    for (Level level : available_levels())
-      if (products_of(level) != Products::none && !products_agree(products_of(level)))
-        names.emplace_back(name_of(level));
-    return names;
-  }();
-  return wrong;
-}
+// What calls choose from: instruction sets, and those of them whose bf16 products come out wrong.
+struct Levels {
+  std::vector<Level> all, wrong;
+  bool warned = false;
+};
 
-bool is_wrong(Level level) {
-  const auto& wrong = wrong_products();
-  return std::find(wrong.begin(), wrong.end(), name_of(level)) != wrong.end();
+Levels& tried_levels() {
+  static Levels levels = [] {
+    Levels tried{available_levels(), {}};
+    for (Level level : tried.all)
+      if (MultiplyFunction multiply = multiply_on(products_of(level));
+          multiply && !products_agree([=](const Bf16Product& p) { multiply(p, 0, 0, 0); }))
+        tried.wrong.push_back(level);
+    return tried;
+  }();
+  return levels;
 }
 
 // What multiplies: bf16 tensors by products of their own type where the level has them. Needs the
 // GIL, since a processor whose products are wrong is warned about, once.
-Work choose_work(const char* op, const std::string& dtype, const std::string& name) {
+Work choose_work(const char* op, const std::string& dtype, const std::string& name,
+                 Levels& levels = tried_levels()) {
   const Products defined = defined_products(name);
   if (dtype == "bfloat16" && defined != Products::none)
-    return {0, 0, dtype, available_levels().back(), defined};
-  const Level level = choose_level(op, name);
+    return {0, 0, dtype, levels.all.back(), defined};
+  const Level level = choose_level(op, name, levels.all);
   const Products products = dtype == "bfloat16" ? products_of(level) : Products::none;
-  if (products == Products::none || !is_wrong(level))
+  if (products == Products::none || !contains(levels.wrong, level))
     return {0, 0, dtype, level, products};
   const std::string what = std::string("products of bf16 matrices by ") + name_of(level) +
                            " come out wrong on this processor";
   if (name != "auto")
     refuse(op, what + "; use another DINOV2_FAST_CPU_LEVEL");
-  static bool warned = false;
-  const bool first = !warned;
-  warned = true;
+  const bool first = !levels.warned;
+  levels.warned = true;
   if (first &&
       PyErr_WarnEx(PyExc_RuntimeWarning, (what + ": attention computes in float").c_str(), 1) < 0)
     throw py::error_already_set();
@@ -375,6 +377,34 @@ void attention_backward(const py::kwargs& a) {
   start<BackwardTask, Bf16Backward>("attention_backward_cpu", p, a);
 }
 
+bool defined_products_agree(const std::string& level, int64_t damaged) {
+  return products_agree([&](const Bf16Product& p) {
+    multiply_on(defined_products(level))(p, 0, 0, 0);
+    if (damaged >= 0)
+      p.c[damaged] += 1.0f;
+  });
+}
+
+// Levels by name, of which the narrowest is there always; calls ask for names in turn.
+std::vector<std::pair<std::string, bool>>
+choose_bf16_products(const std::vector<std::string>& names, const std::vector<std::string>& levels,
+                     const std::vector<std::string>& wrong) {
+  Levels made_up;
+  for (Level level : kLevels) {
+    const auto named = [&](const std::string& name) { return name == name_of(level); };
+    if (level == Level::baseline || std::any_of(levels.begin(), levels.end(), named))
+      made_up.all.push_back(level);
+    if (std::any_of(wrong.begin(), wrong.end(), named))
+      made_up.wrong.push_back(level);
+  }
+  std::vector<std::pair<std::string, bool>> chosen;
+  for (const std::string& name : names) {
+    const Work work = choose_work("choose_bf16_products_cpu", "bfloat16", name, made_up);
+    chosen.emplace_back(name_of(work.level), work.products != Products::none);
+  }
+  return chosen;
+}
+
 } // namespace
 } // namespace dinov2_fast
 
@@ -383,13 +413,17 @@ void bind_attention_cpu(py::module_& m) {
   m.def("attention_scratch_floats_cpu", &scratch_floats,
         "Floats of scratch that one thread needs: query_offsets and key_offsets [S + 1] int32; "
         "sequences, head_dim, backward, dtype, level.");
-  m.def("wrong_bf16_products_cpu", &wrong_products,
-        "Instruction sets of this processor whose products of bf16 matrices come out wrong.");
   m.def(
-      "defined_bf16_products_agree_cpu",
-      [](const std::string& level) { return products_agree(defined_products(level)); },
-      "Whether a level's products, computed by their definition, are the products of matrices.",
-      py::arg("level"));
+      "wrong_bf16_products_cpu", [] { return names_of(tried_levels().wrong); },
+      "Instruction sets of this processor whose products of bf16 matrices come out wrong.");
+  m.def("defined_bf16_products_agree_cpu", &defined_products_agree,
+        "Whether a level's products, computed by their definition, are the products of matrices; "
+        "with one sum off by one, where `damaged` says at which of 48 * 112 sums.",
+        py::arg("level"), py::arg("damaged") = -1);
+  m.def("choose_bf16_products_cpu", &choose_bf16_products,
+        "(level, whether it multiplies bf16 matrices) for each name that calls ask for, one after "
+        "the other, on a processor with some levels, of which some come out wrong.",
+        py::arg("names"), py::arg("levels"), py::arg("wrong"));
   m.def("attention_forward_cpu", &attention_forward,
         "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; "
         "query_offsets and key_offsets [S + 1] int32; scratch; sizes; by keyword.");

@@ -301,7 +301,7 @@ using MultiplyFunction = void (*)(const Bf16Product&, int64_t, int64_t, int64_t)
 
 // The function that computes a product on what was chosen; null for none.
 inline MultiplyFunction multiply_on(Products products) {
-  const Level widest = has_level(Level::avx2) ? Level::avx2 : Level::baseline;
+  const Level widest = contains(available_levels(), Level::avx2) ? Level::avx2 : Level::baseline;
   switch (products) {
 #ifdef DINOV2_FAST_AVX512_BF16
   case Products::avx512_bf16:
@@ -320,9 +320,9 @@ inline MultiplyFunction multiply_on(Products products) {
   }
 }
 
-// Whether a product with whole and ragged blocks of tiles, added to ones, is that of plain loops.
-// Every term and every sum is an integer below 2^24, so any order of summing is exact.
-inline bool products_agree(Products products) {
+// Whether what `multiply` makes of whole and ragged blocks of tiles, added to ones, is the product
+// by plain loops. Every term and every sum is an integer below 2^24: any order of summing is exact.
+template <typename Run> bool products_agree(const Run& multiply) {
   constexpr int64_t kRows = 48, kColumns = 112, kDepth = 64;
   alignas(64) bfloat16 a[kRows * kDepth], b[kDepth * kColumns];
   alignas(64) float c[kRows * kColumns];
@@ -332,7 +332,7 @@ inline bool products_agree(Products products) {
     store(b[i], static_cast<float>(i * 53 % 103 - 51));
   for (float& sum : c)
     sum = 1.0f;
-  multiply_on(products)({a, kDepth, b, c, kColumns, kRows, kColumns, kDepth, true}, 0, 0, 0);
+  multiply(Bf16Product{a, kDepth, b, c, kColumns, kRows, kColumns, kDepth, true});
   for (int64_t row = 0; row < kRows; ++row)
     for (int64_t column = 0; column < kColumns; ++column) {
       const bfloat16* panel = b + column / kTile * kTile * kDepth + column % kTile * 2;

@@ -8,6 +8,7 @@
 
 #include "check.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -30,6 +31,13 @@ inline constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512", "avx
 
 inline const char* name_of(Level level) { return kLevelNames[static_cast<int>(level)]; }
 
+inline std::vector<std::string> names_of(const std::vector<Level>& levels) {
+  std::vector<std::string> names;
+  for (Level level : levels)
+    names.emplace_back(name_of(level));
+  return names;
+}
+
 #if defined(__x86_64__)
 // Registers that CPUID's leaf 7 gives: EAX of subleaf 1 and EDX of subleaf 0.
 struct Leaf7 {
@@ -47,73 +55,78 @@ inline Leaf7 leaf7() {
     found.eax1 = a;
   return found;
 }
-
-// Whether the processor has AMX tiles of bf16, the system keeps them when it switches threads
-// (bits 17 and 18 of XCR0), and gives them to this process, which has to ask for their 8 KiB.
-inline bool may_use_amx() {
-#if defined(DINOV2_FAST_AMX)
-  constexpr uint32_t kTilesAndBf16 = 1u << 24 | 1u << 22;
-  if ((leaf7().edx0 & kTilesAndBf16) != kTilesAndBf16 || !__builtin_cpu_supports("avx512f"))
-    return false;
-  uint32_t low, high; // AVX-512 implies that XGETBV may be executed
-  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr uint32_t kTileState = 1u << 17 | 1u << 18;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return (low & kTileState) == kTileState &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
-// Intel's dot product does half of what its float units do; it comes without AMX there only in one
-// generation, which is better off without it.
-inline bool has_fast_bf16_dot() {
-#if defined(DINOV2_FAST_AVX512_BF16)
-  return (leaf7().eax1 & 1u << 5) != 0 && (!__builtin_cpu_is("intel") || may_use_amx());
-#else
-  return false;
-#endif
-}
 #endif
 
-inline bool has_level(Level level) {
+// What levels depend on, as CPUID and XGETBV say it.
+struct Processor {
+  bool avx2 = false, avx512 = false; // with FMA; with BW, DQ and VL
+  bool intel = false, bf16_dot = false;
+  bool bf16_tiles = false; // AMX, and the system keeps tiles when it switches threads
+};
+
+inline Processor this_processor() {
+  Processor p;
 #if defined(__x86_64__)
-  switch (level) {
-  case Level::avx2:
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  case Level::avx512:
-    return has_level(Level::avx2) && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  case Level::avx512_bf16: {
-    static const bool fast = has_fast_bf16_dot();
-    return has_level(Level::avx512) && fast;
+  p.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  p.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  p.intel = __builtin_cpu_is("intel");
+#if defined(DINOV2_FAST_AVX512_BF16)
+  p.bf16_dot = (leaf7().eax1 & 1u << 5) != 0;
+#endif
+#if defined(DINOV2_FAST_AMX)
+  constexpr uint32_t kTilesAndBf16 = 1u << 24 | 1u << 22, kTileState = 1u << 17 | 1u << 18;
+  if (p.avx512 && (leaf7().edx0 & kTilesAndBf16) == kTilesAndBf16) {
+    uint32_t low, high; // AVX-512 implies that XGETBV may be executed
+    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    p.bf16_tiles = (low & kTileState) == kTileState;
   }
-  case Level::amx: {
-    static const bool permitted = may_use_amx();
-    return has_level(Level::avx512) && permitted;
-  }
-  default:
-    return true;
-  }
+#endif
+#endif
+  return p;
+}
+
+// Asks the system to let this process use tiles, whose state takes 8 KiB a thread.
+inline bool ask_for_tiles() {
+#if defined(DINOV2_FAST_AMX)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
-  return level == Level::baseline;
+  return false;
 #endif
 }
 
-// Levels of this processor, narrowest first.
-inline std::vector<Level> available_levels() {
-  std::vector<Level> levels;
-  for (Level level : kLevels)
-    if (has_level(level))
-      levels.push_back(level);
+// Levels of a processor, narrowest first; the system is asked for tiles only where they are.
+template <typename Ask> std::vector<Level> levels_of(const Processor& p, const Ask& ask) {
+  std::vector<Level> levels{Level::baseline};
+  if (p.avx2)
+    levels.push_back(Level::avx2);
+  if (!p.avx2 || !p.avx512)
+    return levels;
+  levels.push_back(Level::avx512);
+  const bool tiles = p.bf16_tiles && ask();
+  // Intel's dot product does half of what its float units do; it comes without AMX there only in
+  // one generation, which is better off without it.
+  if (p.bf16_dot && (tiles || !p.intel))
+    levels.push_back(Level::avx512_bf16);
+  if (tiles)
+    levels.push_back(Level::amx);
   return levels;
 }
 
-// "auto" is the widest level; a named one must exist here.
-inline Level choose_level(const char* op, const std::string& name) {
-  const std::vector<Level> levels = available_levels();
+// Levels of this processor, narrowest first.
+inline const std::vector<Level>& available_levels() {
+  static const std::vector<Level> levels = levels_of(this_processor(), ask_for_tiles);
+  return levels;
+}
+
+inline bool contains(const std::vector<Level>& levels, Level level) {
+  return std::find(levels.begin(), levels.end(), level) != levels.end();
+}
+
+// "auto" is the widest level; a named one must be among them.
+inline Level choose_level(const char* op, const std::string& name,
+                          const std::vector<Level>& levels = available_levels()) {
   if (name == "auto")
     return levels.back();
   std::string known = "auto";
