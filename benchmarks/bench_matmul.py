@@ -1,7 +1,9 @@
-"""Matrix products of a block and a head: what stands behind `has_fast_bfloat16` of ops/_matmul.py.
+"""Matrix products of a block and a head: what stands behind the choices of ops/_matmul.py.
 
 Where rows of "bfloat16 in float32" are faster than those of "bfloat16 library", the rule must say
 that the processor has no fast bfloat16. Weights are float32 and converted where a way needs it.
+With `--full`, rows of libraries tell whether another one than torch's would be faster in float32;
+they write to memory that is there already, so that `torch.mm` is "float32" without new pages.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import CPU_ROW, measure
+from benchmarks.libraries import LIBRARIES, product_by, why_no_library
 from benchmarks.shapes import CPU_IMAGES, DROP_RATIO, FULL, WIDTHS, num_tokens
 from dinov2_fast.ops import _matmul as matmul
 
@@ -49,8 +52,17 @@ LAYERS = [
 pytestmark = CPU_ROW
 
 
-def product(mode: str, x: Tensor, gradient: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+def product(
+    backend: str, mode: str, x: Tensor, gradient: Tensor, weight: Tensor
+) -> Callable[[], Tensor]:
     """One of the three products of a linear layer."""
+    if backend in LIBRARIES:
+        factors = {
+            "forward": (x, weight.t()),
+            "input gradient": (gradient, weight),
+            "weight gradient": (gradient.t(), x),
+        }
+        return product_by(backend, *factors[mode])
     if mode == "forward":
         return lambda: matmul.linear(x, weight, None)
     if mode == "input gradient":
@@ -60,7 +72,9 @@ def product(mode: str, x: Tensor, gradient: Tensor, weight: Tensor) -> Callable[
 
 @pytest.mark.parametrize("mode", ["forward", "input gradient", "weight gradient"])
 @pytest.mark.parametrize("shape", LAYERS)
-@pytest.mark.parametrize("backend", CONTENDERS)
+@pytest.mark.parametrize(
+    "backend", [*CONTENDERS, *(pytest.param(name, marks=FULL) for name in LIBRARIES)]
+)
 def test_matmul(
     benchmark: Any,
     backend: str,
@@ -68,8 +82,10 @@ def test_matmul(
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    if reason := why_no_library(backend):
+        pytest.skip(reason)
     rule = matmul.has_fast_bfloat16()
-    dtype, fast = CONTENDERS[backend]
+    dtype, fast = CONTENDERS.get(backend, (torch.float32, rule))
     monkeypatch.setattr(matmul, "has_fast_bfloat16", lambda: fast)
     rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +94,7 @@ def test_matmul(
     weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     measure(
         benchmark,
-        product(mode, x, gradient, weight),
+        product(backend, mode, x, gradient, weight),
         op="matmul",
         backend=backend,
         dtype=dtype,
