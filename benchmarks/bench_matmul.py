@@ -2,8 +2,7 @@
 
 Where rows of "bfloat16 in float32" are faster than those of "bfloat16 library", the rule must say
 that the processor has no fast bfloat16. Weights are float32 and converted where a way needs it.
-With `--full`, rows of libraries tell whether another one than torch's would be faster in float32;
-they write to memory that is there already, so that `torch.mm` is "float32" without new pages.
+With `--full`, rows of libraries tell whether another one than torch's would be faster in float32.
 """
 
 from __future__ import annotations
@@ -39,9 +38,10 @@ def layers(rows: int, width: int) -> dict[str, tuple[int, int, int]]:
 
 LAYERS = [
     *[pytest.param(s, id=name) for name, s in layers(num_tokens(1), WIDTHS["ViT-S"]).items()],
-    # The hidden layer, for CLS and masked patches; an AVX2 processor takes 20 s for one of them in
-    # the library's bfloat16.
+    # The hidden layer and the prototypes, for CLS and masked patches; an AVX2 processor takes 20 s
+    # for one of the former in the library's bfloat16.
     pytest.param((394, 2048, 2048), id="head", marks=FULL),
+    pytest.param((394, 256, 8192), id="prototypes", marks=FULL),
     *[
         pytest.param(s, id=f"{model} {name}", marks=FULL)
         for model, width in WIDTHS.items()
@@ -70,11 +70,11 @@ def product(
     return lambda: matmul.weight_gradient(gradient, x, weight)
 
 
-@pytest.mark.parametrize("mode", ["forward", "input gradient", "weight gradient"])
-@pytest.mark.parametrize("shape", LAYERS)
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # in turn, row by row
     "backend", [*CONTENDERS, *(pytest.param(name, marks=FULL) for name in LIBRARIES)]
 )
+@pytest.mark.parametrize("mode", ["forward", "input gradient", "weight gradient"])
+@pytest.mark.parametrize("shape", LAYERS)
 def test_matmul(
     benchmark: Any,
     backend: str,

@@ -87,10 +87,8 @@ HIDDEN = cases(
 
 # (rows, 2F): tokens of a pack, and the output width of a gated layer's first product.
 GATED_HIDDEN = cases(
-    cpu=[
-        (394, 8192),  # ViT-g: one 224 px crop and a few local ones
-        (1028, 5504),  # ViT-L with SwiGLU: four 224 px crops
-    ],
+    cpu=[(1028, 5504)],  # ViT-L with SwiGLU: four 224 px crops
+    full=[(394, 8192)],  # ViT-g: one 224 px crop and a few local ones
     cuda=[(num_tokens(32), 8192), (num_tokens(64), 5504)],
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -73,6 +74,9 @@ def test_a_run_leaves_everything_it_promises(finished, config):
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["finished"], summary["steps"], summary["images"]) == (True, 9, 36)
     assert summary["final"]["loss"] == records[-1]["loss"]
+    teacher = (finished / "teacher.safetensors").read_bytes()
+    noted = {"sha256": hashlib.sha256(teacher).hexdigest(), "size": len(teacher)}
+    assert summary["files"] == {"teacher.safetensors": noted}
     assert load_config(str(finished / "config.yaml")) == config
     assert sorted(os.listdir(finished / "checkpoints")) == [
         "step-00000004",
