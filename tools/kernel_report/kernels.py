@@ -75,6 +75,7 @@ class Instance:
         if largest is not None:
             result = largest.result
             row["shared_bytes"] += max(e.result.dynamic_shared_bytes for e in self.executions)
+            row["counted_shape"] = largest.case.shape
             row["error"] = largest.errors
             row["counters"] = {
                 "warp instructions": result.num_warp_instructions,

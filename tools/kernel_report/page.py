@@ -70,7 +70,7 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
                 *(_by_arch(same, key) for key in ("registers", "spills", "shared_bytes")),
                 _arguments(name),
                 _mix(shown[0]["sass"]),
-                shown[0]["shapes"][0] if shown[0]["shapes"] else "",
+                shown[0].get("counted_shape", ""),
                 _bounds(shown),
             ]
         )
