@@ -1,6 +1,6 @@
 """Warp instructions of the CUDA kernels, in PTX: only a change of a kernel moves them, or of nvcc.
 
-Attention's stand with its other counters.
+Attention's of 129 to 264 tokens stand with its other counters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.cuda import native_on_ptx
+from tools.kernel_report.attention_cases import run_attention, run_in_order
 from tools.kernel_report.cases import Run, Types, as_it_is
 from tools.kernel_report.loss_cases import (
     run_cross_entropy,
@@ -32,8 +33,9 @@ FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
 # Two tiles of 8 rows of ViT-B's width or half its hidden one; whole parts of rows of prototypes;
-# one chunk. Launches in order, with the dynamic shared memory of a CTA in bytes: the layer norm
-# keeps rows, four of its forward, one and three sums of its backward.
+# one chunk; sequences of two warps, and of one token too many for one kernel. Launches in order,
+# with the dynamic shared memory of a CTA in bytes: the layer norm keeps rows, four of its forward,
+# one and three sums of its backward; attention keeps tiles.
 @pytest.mark.parametrize(
     ("run", "sizes", "types", "launches"),
     [
@@ -45,6 +47,19 @@ FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
         (run_cross_entropy, (16, 2048), (FLOAT, HALF), [(106_477, 0), (67_712, 0)]),
         (run_koleo, (16, 384), (FLOAT,), [(3_536, 0), (6_164, 0), (5_808, 0), (15_792, 0)]),
         (run_optimizer, (16_384,), (FLOAT, BFLOAT), [(3_132, 0), (6_110, 0), (20_864, 0)]),
+        (run_attention, (50,), (BFLOAT,), [(3_571, 24_576), (8_614, 33_632)]),
+        (
+            run_attention,
+            (265,),
+            (BFLOAT,),
+            [(32_554, 49_152), (103_116, 166_816), (3_277, 0)],
+        ),
+        (
+            run_in_order,
+            (265,),
+            (BFLOAT,),
+            [(32_554, 49_152), (48_740, 66_048), (54_335, 66_560)],
+        ),
     ],
 )
 def test_kernels_take_no_more_instructions_and_shared_memory_than_planned(

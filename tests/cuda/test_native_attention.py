@@ -125,15 +125,20 @@ def test_scale_may_have_any_sign(case: Case, scale: float):
     assert_matches_reference(case, inputs, out, scale)
 
 
-# Of the last a CTA computes all, where NaN has been in shared memory.
-@pytest.mark.parametrize("lengths", [(20, 33, 70), (130, 257, 2), (70, 130, 33, 2, 65)], ids=str)
-def test_nan_in_one_sequence_leaves_the_others_bit_equal(lengths: tuple[int, ...]):
+# Of the third a CTA computes all, where NaN has been in shared memory. The last is one launch of
+# the kernels of any length, by either of the backwards.
+@pytest.mark.parametrize("in_order", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lengths", [(20, 33, 70), (130, 257, 2), (70, 130, 33, 2, 65), (3, 265, 17, 1, 66)], ids=str
+)
+def test_nan_in_one_sequence_leaves_the_others_bit_equal(lengths: tuple[int, ...], in_order: bool):
     case, place = (lengths, lengths, 1), slice(lengths[0], lengths[0] + lengths[1])
     inputs = make_inputs(case, torch.bfloat16)
-    clean, _ = execute(case, inputs, num_multiprocessors=1)
+    options: dict[str, Any] = {"num_multiprocessors": 1, "deterministic": in_order}
+    clean, _ = execute(case, inputs, **options)
     for x in inputs.values():
         x[place] = torch.nan
-    dirty, _ = execute(case, inputs, num_multiprocessors=1)
+    dirty, _ = execute(case, inputs, **options)
     for name, tensor in dirty.items():
         rows, expected = (x.t() if name == "lse" else x for x in (tensor, clean[name]))
         others = torch.ones(rows.shape[0], dtype=torch.bool)

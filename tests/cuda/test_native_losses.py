@@ -156,6 +156,8 @@ def test_production_widths_match_the_reference(op: str, prototypes: int, arch: i
         ("sinkhorn", (33, 40)),  # two parts of a column
         ("sinkhorn", (2, 2056)),  # two parts of a row
         ("cross_entropy", (2, 2056)),
+        ("sinkhorn", (33, 61)),  # a prime: element by element
+        ("cross_entropy", (5, 61)),
         pytest.param("in place", (2, 2056), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -258,6 +258,23 @@ def test_warps_touch_whole_sectors():
     assert result.counters["global sectors, load"] <= 4096 * 5 * 4 // 32 + warps * numbers
 
 
+def test_the_norm_reads_each_gradient_once_in_vectors():
+    gradients, chunks, warps = [randn(4096), randn(1024)], 2, 8
+    with native_on_ptx.native_on_ptx(profile=True) as results:
+        gradient_norm(gradients, backend="native")
+    vectors = sum(gradient.nbytes for gradient in gradients) // 16
+    squares, total = (result.counters for result in results)
+    # Every warp also finds its chunk in the table: an address, a size and a place.
+    beside = squares["global requests, load"] - vectors // 32
+    assert 0 <= beside <= chunks * warps * 6
+    assert 0 <= squares["global sectors, load"] - vectors // 2 <= beside
+    assert squares["global requests, store"] == chunks  # a number each
+    assert total["global sectors, load"] == total["global requests, store"] == 1
+    for c in (squares, total):
+        for kind in ("load", "store"):
+            assert c[f"shared passes, {kind}"] == c[f"shared passes, {kind}, ideal"]
+
+
 def test_every_deleted_barrier_is_reported():
     gradients = [randn(2 * _optimizer_cuda.CHUNK)]
 

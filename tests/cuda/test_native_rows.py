@@ -118,6 +118,14 @@ def test_production_widths_match_the_reference_in_any_order(op: str, width: int,
     assert equal(out, shuffled)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_order_changes_no_bit_of_rows_of_elements(op: str):
+    sizes = 9, 61  # one row past a tile, moved element by element
+    out, _ = execute(op, sizes, STREAM_AND_BRANCH[0])
+    shuffled, _ = execute(op, sizes, STREAM_AND_BRANCH[0], schedule=1)
+    assert equal(out, shuffled)
+
+
 @pytest.mark.parametrize("types", STREAM_AND_BRANCH, ids=str)
 @pytest.mark.parametrize("sizes", EDGES, ids=str)
 @pytest.mark.parametrize("op", OPS)

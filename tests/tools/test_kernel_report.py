@@ -15,10 +15,11 @@ from tests.source_files import ROOT
 from tools import simt
 from tools.kernel_report import __main__ as command
 from tools.kernel_report import flash_attention
-from tools.kernel_report.kernels import Instance, execute, instances
+from tools.kernel_report.cases import Case
+from tools.kernel_report.kernels import Execution, Instance, execute, instances
 from tools.kernel_report.machine_code import MachineCode, machine_code, short
 from tools.kernel_report.page import attention_table, kernel_table
-from tools.kernel_report.pipes import Work, bound, cycles
+from tools.kernel_report.pipes import Work, bound, cycles, work_of
 from tools.kernel_report.waiting import Waiting, waiting_of
 from tools.simt.core import Traffic
 from tools.simt.native_launch import why_not
@@ -199,6 +200,48 @@ def test_a_wait_lasts_until_all_that_was_asked_for_before_has_moved():
         Traffic("awaited", 100, 90),
     ]
     assert waiting_of(work, traffic, gpu) == Waiting(computing=100, waiting=80 + 40)
+
+
+def test_waiting_is_that_of_a_cta_alone_on_its_sm(tmp_path: Path):
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        """#include <cuda_pipeline.h>
+        extern "C" __global__ void copying_kernel(const float4* x, float* out) {
+          __shared__ float4 kept[64];
+          x += 64 * blockIdx.x;
+          for (int i = threadIdx.x; i < 64; i += 32) __pipeline_memcpy_async(&kept[i], &x[i], 16);
+          __pipeline_commit();
+          __pipeline_wait_prior(0);
+          out[32 * blockIdx.x + threadIdx.x] = kept[threadIdx.x].x;
+        }
+        extern "C" __global__ void loading_kernel(const float4* x, float* out) {
+          out[32 * blockIdx.x + threadIdx.x] = x[32 * blockIdx.x + threadIdx.x].x;
+        }"""
+    )
+    ptx = simt.compile_cu(source)
+    rows = []
+    for name in ("copying_kernel", "loading_kernel"):
+        instance = Instance("copies", name, 80, MachineCode(8, 0, 0, 0, {"BAR": 1}), 1)
+        for num_ctas in (1, 2):  # of two, executed together, no one's traffic is in order
+            x, out = torch.ones(num_ctas, 256), torch.empty(num_ctas * 32)
+            result = simt.launch(ptx, name, num_ctas, 32, [x, simt.Output(out)], profile=True)
+            case = Case(command.CASES["gelu"][0].run, (num_ctas,), (x.dtype,))
+            instance.executions.append(Execution(case, "copies", result, work_of(result), {}))
+        rows.append(instance.row())
+    copying, loading = rows
+    assert copying["counted_shape"] == "(2,) float32"
+    found = copying["modelled_waiting"]
+    assert found["shape"] == "(1,) float32"
+    for gpu in (A100, H100):
+        asked_for = 64 * 16 / (gpu.dram_gb_s / gpu.clock_ghz / gpu.num_sms)
+        assert found[gpu.name]["waiting"] == pytest.approx(asked_for, abs=0.05)
+    assert found["A100"]["computing"] == copying["counters"]["warp instructions"] / 2 / 4
+    assert "modelled_waiting" not in loading
+    header, _, *lines = kernel_table(rows).splitlines()
+    assert header.endswith("| modelled cycles | waiting |")
+    assert lines[0].endswith(f"| {found['A100']['waiting']:.0f} at (1,) float32 |")
+    assert lines[1].endswith(" HBM |  |")
+    assert "waiting" not in kernel_table([loading])
 
 
 def test_the_bound_of_a_dense_case_is_over_what_was_measured():

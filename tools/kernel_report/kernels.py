@@ -12,6 +12,7 @@ from torch import Tensor
 from tools.kernel_report.cases import Case, as_it_is, exactly
 from tools.kernel_report.machine_code import MachineCode, machine_code
 from tools.kernel_report.pipes import Work, modelled, work_of
+from tools.kernel_report.waiting import modelled_waiting
 from tools.simt import Result
 from tools.simt.native_launch import SOURCES, native_on_ptx, ptx_of, signature
 from tools.simt.parse import parse
@@ -28,6 +29,12 @@ class Execution:
     result: Result
     work: Work
     errors: dict[str, dict[str, float]]  # of what the call returned
+
+    @property
+    def waits_alone(self) -> bool:
+        """Whether one CTA was all, so that its traffic is in its own order, and awaited some."""
+        awaited = any(event.kind == "awaited" for event in self.result.traffic)
+        return awaited and self.result.num_ctas == 1
 
 
 @dataclass
@@ -54,8 +61,12 @@ class Instance:
     @property
     def largest(self) -> Execution | None:
         """The execution with the most warp instructions."""
-        key = [each.result.num_warp_instructions for each in self.executions]
-        return self.executions[key.index(max(key))] if key else None
+        return _largest(self.executions)
+
+    @property
+    def largest_alone(self) -> Execution | None:
+        """The largest of one CTA that waits for copies: the only ones whose waiting is modelled."""
+        return _largest(each for each in self.executions if each.waits_alone)
 
     def row(self) -> dict[str, Any]:
         """The instance as JSON."""
@@ -75,6 +86,7 @@ class Instance:
         if largest is not None:
             result = largest.result
             row["shared_bytes"] += max(e.result.dynamic_shared_bytes for e in self.executions)
+            row["counted_shape"] = largest.case.shape
             row["error"] = largest.errors
             row["counters"] = {
                 "warp instructions": result.num_warp_instructions,
@@ -82,6 +94,10 @@ class Instance:
                 **result.counters,
             }
             row["modelled_cycles"] = modelled([largest.work])
+        alone = self.largest_alone
+        if alone is not None:
+            found = modelled_waiting(alone.work, alone.result.traffic)
+            row["modelled_waiting"] = {"shape": alone.case.shape, **found}
         return row
 
 
@@ -147,6 +163,11 @@ def plain_name(entry: str) -> str:
         entry: its mangled name.
     """
     return signature(entry).replace("(int)", "").replace("(bool)", "")
+
+
+def _largest(executions: Iterable[Execution]) -> Execution | None:
+    """The execution with the most warp instructions, the first of equal ones."""
+    return max(executions, key=lambda each: each.result.num_warp_instructions, default=None)
 
 
 def _error(out: Tensor, truth: Tensor) -> float:

@@ -19,7 +19,9 @@ were executed with every check, the largest number of registers, bytes spilled a
 memory of any of them. The instance shown is one for bfloat16 that moves most in 16 bytes. Its
 instructions are counted where they stand in the code, loops once; LDL and STL are spills. *Cycles*
 are the least that one SM needs for the launch on the shape shown, on an A100 (sm_80) and an H100
-(sm_90), and the pipe that takes longest; `tools/kernel_report/pipes.py` has the model.
+(sm_90), and the pipe that takes longest; `tools/kernel_report/pipes.py` has the model. *Waiting* is
+what one CTA, alone on its SM, waits for copies beside what it computes: of the largest launch that
+is one CTA, by the model of `tools/kernel_report/waiting.py`.
 """
 
 _ATTENTION = """
@@ -33,6 +35,7 @@ executed as PTX: no command here makes them again. The model is the same for all
 
 _SHOWN = ("HMMA", "HGMMA", "LDSM", "LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL", "ATOM")
 _SHOWN += ("RED", "SHFL", "BAR", "MUFU")
+_GPU_OF = {80: "A100", 90: "H100"}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -58,6 +61,8 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
     """
     header = ["kernel", "executed", "registers", "spills", "shared", "shown", "instructions"]
     header += ["shape", "modelled cycles"]
+    some_wait = any("modelled_waiting" in row for row in rows)
+    header += ["waiting"] * some_wait
     lines: list[list[str]] = []
     for kernel in dict.fromkeys(_template(row) for row in rows):
         same = [row for row in rows if _template(row) == kernel]
@@ -70,8 +75,9 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
                 *(_by_arch(same, key) for key in ("registers", "spills", "shared_bytes")),
                 _arguments(name),
                 _mix(shown[0]["sass"]),
-                shown[0]["shapes"][0] if shown[0]["shapes"] else "",
+                shown[0].get("counted_shape", ""),
                 _bounds(shown),
+                *[_waiting(shown)] * some_wait,
             ]
         )
     return table(header, lines)
@@ -159,9 +165,17 @@ def _mix(sass: dict[str, int]) -> str:
 
 def _bounds(rows: Sequence[dict[str, Any]]) -> str:
     """The bound of every architecture's own GPU, and what binds."""
-    found = []
-    for row in rows:
-        model = row.get("modelled_cycles", {}).get({80: "A100", 90: "H100"}[row["arch"]])
-        if model:
-            found.append(f"{model['bound']:,.0f} {model['binds']}")
-    return " / ".join(found)
+    models = _own(rows, "modelled_cycles")
+    return " / ".join(f"{model['bound']:,.0f} {model['binds']}" for model in models)
+
+
+def _waiting(rows: Sequence[dict[str, Any]]) -> str:
+    """What a CTA waits on every architecture's own GPU; the shape where it is not that shown."""
+    cell = " / ".join(f"{model['waiting']:,.0f}" for model in _own(rows, "modelled_waiting"))
+    shape = rows[0].get("modelled_waiting", {}).get("shape")
+    return cell if not cell or shape == rows[0]["counted_shape"] else f"{cell} at {shape}"
+
+
+def _own(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """What a model says of every architecture's own GPU."""
+    return [row[key][_GPU_OF[row["arch"]]] for row in rows if key in row]

@@ -8,10 +8,10 @@ have moved. No latency, as in the pipe model: the figures are modelled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tools.kernel_report.pipes import Work, cycles
+from tools.kernel_report.pipes import GPUS, Work, cycles
 from tools.simt.core import Traffic
 from tools.simt.report import Gpu
 
@@ -49,3 +49,17 @@ def waiting_of(work: Work, traffic: Iterable[Traffic], gpu: Gpu) -> Waiting:
         else:
             waiting += max(0.0, arrivals[event.moved_bytes] - now)
     return Waiting(computing, waiting)
+
+
+def modelled_waiting(work: Work, traffic: Sequence[Traffic]) -> dict[str, dict[str, float]]:
+    """GPU -> cycles that a CTA computes, and that it waits for copies.
+
+    Args:
+        work: of a launch of one CTA.
+        traffic: of the same launch, with profile=True.
+    """
+    found = {gpu.name: waiting_of(work, traffic, gpu) for gpu in GPUS}
+    return {
+        name: {"computing": round(each.computing, 1), "waiting": round(each.waiting, 1)}
+        for name, each in found.items()
+    }
