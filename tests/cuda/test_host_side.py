@@ -119,11 +119,18 @@ def test_without_a_driver_every_function_says_so(stem: str, launched: list[str])
             ("80-real", "90-real", "90-virtual"),
             (7, 5),
             r"holds code for 80-real, 90-real, 90-virtual, the GPU is 75; "
-            r"rebuild with DINOV2_FAST_CUDA_ARCHS=75",
+            r"its CUDA kernels need 80 or later",
         ),
+        (
+            ("90a",),
+            (8, 0),
+            r"holds code for 90a, the GPU is 80; rebuild with DINOV2_FAST_CUDA_ARCHS=80",
+        ),
+        (("80-real", "90-real", "90-virtual"), (12, 0), r"^$"),
+        (("80-real", "90a", "80-virtual"), (10, 0), r"^$"),
     ],
 )
-def test_a_gpu_without_code_is_refused_before_a_launch(
+def test_only_a_gpu_without_code_is_refused_before_a_launch(
     archs: tuple[str, ...],
     gpu: tuple[int, int] | None,
     message: str,
