@@ -13,7 +13,7 @@ namespace dinov2_fast {
 
 // a + weight (b - a), from the nearer end: weight 0 gives a and weight 1 gives b, exactly.
 struct Lerp {
-  explicit Lerp(double weight)
+  constexpr explicit Lerp(double weight)
       : from_b(weight >= 0.5), factor(static_cast<float>(weight >= 0.5 ? weight - 1.0 : weight)) {}
 
   [[gnu::always_inline]] inline float operator()(float a, float b) const {

@@ -66,7 +66,7 @@ CUDA_ARCHS = Variable(
     "DINOV2_FAST_CUDA_ARCHS",
     "80;90",
     (),
-    "compute capabilities the extension is built for, as in 80;90a",
+    "compute capabilities the extension is built for, as in 80;90a, and any later than all of them",
     "build",
 )
 _NO_OPS: frozenset[str] = frozenset()

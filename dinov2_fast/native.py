@@ -14,6 +14,9 @@ from dinov2_fast.errors import BackendUnavailable
 # Tests set it: CUDA kernels then compute on tensors of the CPU, executed without a GPU.
 cuda_on_cpu = False
 
+# Compute capability that the CUDA kernels need: cp.async, and products of bfloat16.
+_OLDEST = (8, 0)
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
@@ -115,10 +118,10 @@ def _why_not_cuda() -> str:
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if not any(runs_on(arch, major, minor) for arch in archs):
-        return (
-            f"the extension holds code for {', '.join(archs)}, the GPU is {major}{minor}; "
-            f"rebuild with DINOV2_FAST_CUDA_ARCHS={major}{minor}"
-        )
+        way = f"rebuild with DINOV2_FAST_CUDA_ARCHS={major}{minor}"
+        if (major, minor) < _OLDEST:
+            way = "its CUDA kernels need {}{} or later".format(*_OLDEST)
+        return f"the extension holds code for {', '.join(archs)}, the GPU is {major}{minor}; {way}"
     return ""
 
 

@@ -52,6 +52,7 @@ def step_kernel(
     table_ptr,  # int64, of 5 lists: parameters, gradients, m, v and teacher's parameters
     scale_ptr,  # [] float32, factor on the gradients
     skip_ptr,  # [] bool, or scale_ptr without one
+    changing_ptr,  # [4] float64, in place of decay, step_size, 1 / root_correction, momentum_rest
     scale,  # factor on the gradients if there is no tensor of it
     decay,  # 1 - lr * weight decay
     beta1_rest,  # 1 - beta1
@@ -64,6 +65,7 @@ def step_kernel(
     num_tensors,  # N
     HAS_SCALE: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    HAS_CHANGING: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -75,6 +77,11 @@ def step_kernel(
         size = tl.where(tl.load(skip_ptr) != 0, 0, size)
     if HAS_SCALE:
         scale = tl.load(scale_ptr)
+    if HAS_CHANGING:
+        decay = tl.load(changing_ptr).to(tl.float32)
+        step_size = tl.load(changing_ptr + 1).to(tl.float32)
+        root_correction = 1 / tl.load(changing_ptr + 2).to(tl.float32)
+        momentum_rest = tl.load(changing_ptr + 3).to(tl.float32)
     parameter_ptr = _pointer(table_ptr, tensor, ALIGNED)
     gradient_ptr = _pointer(table_ptr, tensor + num_tensors, ALIGNED)
     m_ptr = _pointer(table_ptr, tensor + 2 * num_tensors, ALIGNED)

@@ -104,12 +104,56 @@ def test_a_misspelt_build_kind_stops_the_build(tmp_path: Path):
         configure(tmp_path, DINOV2_FAST_BUILD="gpu")
 
 
+ARCHITECTURES = ROOT / "csrc" / "cuda" / "architectures.cmake"
+
+
+def architectures(folder: Path, wanted: str) -> str:
+    """What CMake makes of DINOV2_FAST_CUDA_ARCHS."""
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    script = folder / "architectures.cmake"
+    script.write_text(f'include({ARCHITECTURES})\nmessage(STATUS "${{cuda_archs}}")\n')
+    said = run("cmake", "-P", script, DINOV2_FAST_CUDA_ARCHS=wanted)
+    return said.removeprefix("-- ").strip()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "compiled"),
+    [
+        ("", "80-real;90-real;90-virtual"),
+        ("80", "80-real;80-virtual"),
+        ("90;80", "90-real;80-real;90-virtual"),
+        ("80;100;90", "80-real;100-real;90-real;100-virtual"),
+        # Code for one chip alone serves no later GPU, its PTX neither.
+        ("80;90a", "80-real;90a;80-virtual"),
+        ("90a", "90a"),
+        # Forms that are spelt out are taken at their word.
+        ("80;90-real", "80-real;90-real;80-virtual"),
+        ("80-real", "80-real"),
+        ("80-virtual;90", "80-virtual;90-real;90-virtual"),
+        ("80;90-virtual", "80-real;90-virtual"),
+    ],
+)
+def test_later_gpus_get_ptx_of_the_newest_architecture(wanted: str, compiled: str, tmp_path: Path):
+    assert architectures(tmp_path, wanted) == compiled
+
+
+@pytest.mark.parametrize("wanted", ["75", "80 90", "80,90", "8.0", "native", "sm_80"])
+def test_architectures_that_cannot_be_built_stop_the_build(wanted: str, tmp_path: Path):
+    with pytest.raises(AssertionError, match=r"expected 80 and later numbers"):
+        architectures(tmp_path, wanted)
+
+
 @pytest.mark.slow
 def test_architectures_can_be_narrowed(tmp_path: Path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    said = configure(tmp_path, DINOV2_FAST_CUDA_ARCHS="80;90a")
-    assert said == "-- dinov2_fast: building the CPU part and CUDA code for 80-real 90a"
+    options = {"CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "DINOV2_FAST_CUDA_ARCHS": "80;90a"}
+    said = configure(tmp_path, **options)
+    assert said == "-- dinov2_fast: building the CPU part and CUDA code for 80-real 90a 80-virtual"
+    commands = (tmp_path / "compile_commands.json").read_text()
+    for code in ("80,code=[sm_80]", "80,code=[compute_80]", "90a,code=[compute_90a,sm_90a]"):
+        assert f"arch=compute_{code}" in commands
 
 
 @pytest.mark.slow

@@ -251,8 +251,16 @@ void fill(const char* op, Params& p, const py::kwargs& a, int64_t num_splits) {
   require(1 <= p.num_teachers && p.num_teachers <= kMaxTeachers, op,
           "num_teachers must be 1 or 2, got " + std::to_string(p.num_teachers));
   require_matrix(op, "student", p.student, p.rows, p.prototypes, p.student_row_stride, false);
-  require_matrix(op, "teacher", p.teacher, keyword<int64_t>(a, "num_teacher_rows"), p.prototypes,
-                 p.teacher_row_stride, false);
+  const auto num_teacher_rows = keyword<int64_t>(a, "num_teacher_rows");
+  require_not_negative(op, "num_teacher_rows", num_teacher_rows);
+  require_matrix(op, "teacher", p.teacher, num_teacher_rows, p.prototypes, p.teacher_row_stride,
+                 false);
+  if (p.rows > 0)
+    require_pointer(op, "teacher_rows", p.teacher_rows);
+  if (num_teacher_rows > 0 && p.prototypes > 0)
+    require_pointer(op, "log_u", p.log_u);
+  if (num_teacher_rows > 0)
+    require_pointer(op, "log_v", p.log_v);
 }
 
 // Whether what lies beside the student's matrices can be moved in vectors of 4.
@@ -274,6 +282,9 @@ void cross_entropy_forward(const py::kwargs& a) {
   p.student_temperature = keyword<double>(a, "student_temperature");
   if (p.rows == 0)
     return; // a grid of no blocks is an error to CUDA
+  require_pointer(op, "loss", p.loss);
+  require_pointer(op, "normalizer", p.normalizer);
+  require_pointer(op, "target_sum", p.target_sum);
   require((p.partials != nullptr) == (p.num_splits > 1), op,
           "expected partials if and only if there are several splits");
   run_in_vectors<float>(
@@ -306,6 +317,9 @@ void cross_entropy_backward(const py::kwargs& a) {
   require_matrix(op, "grad", p.grad, p.rows, p.prototypes, p.grad_row_stride, true);
   if (p.rows == 0 || p.prototypes == 0)
     return;
+  require_pointer(op, "grad_loss", p.grad_loss);
+  require_pointer(op, "normalizer", p.normalizer);
+  require_pointer(op, "target_sum", p.target_sum);
   run_in_vectors<float>(
       op, a, p.prototypes, {{p.student, p.student_row_stride}, {p.grad, p.grad_row_stride}},
       others_whole(p), [&](auto lane, cudaStream_t stream) {

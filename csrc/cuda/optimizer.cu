@@ -13,11 +13,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -27,6 +30,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTotalThreads = 1024; // of the one CTA that adds the chunks' sums
 constexpr int kVector = 4;          // floats of 16 bytes
+constexpr int kParamBytes = 4096;   // what every driver takes as the parameters of a kernel
 
 // Rows of the table.
 enum List { kParameters, kGradients, kExpAvgs, kExpAvgSqs, kTeachers, kCopies, kTeacherCopies };
@@ -41,10 +45,21 @@ struct Table {
   int chunk;                // elements of a chunk, whole vectors
 };
 
+// Part of a table on its way to the device. In the parameters, not in memory of the host: a CUDA
+// graph that captures the launch holds a copy of its own, for as long as it lives.
+struct TableParams {
+  static constexpr int kHeld = (kParamBytes - sizeof(int64_t*) - sizeof(int64_t)) / sizeof(int64_t);
+  int64_t* table;
+  int64_t count;
+  int64_t numbers[kHeld];
+};
+static_assert(sizeof(TableParams) <= kParamBytes);
+
 struct StepParams {
   Table table;
-  const float* scale; // on the gradients, or null: numbers.gradient_scale
-  const bool* skip;   // whether to change nothing, or null
+  const float* scale;     // on the gradients, or null: numbers.gradient_scale
+  const bool* skip;       // whether to change nothing, or null
+  const double* changing; // [4], or null: those of numbers that `numbers_of_step` names
   AdamW numbers;
   bool copies_are_half; // else bfloat16
 };
@@ -117,11 +132,27 @@ __device__ float lerp(const Lerp& l, float a, float b) {
   return fmaf(l.factor, b - a, l.from_b ? b : a);
 }
 
+__global__ void __launch_bounds__(kThreads) optimizer_table_kernel(const TableParams p) {
+  for (int i = threadIdx.x; i < p.count; i += kThreads)
+    p.table[i] = p.numbers[i];
+}
+
+__device__ AdamW numbers_of_step(const StepParams& p) {
+  AdamW n = p.numbers;
+  if (p.changing != nullptr) {
+    n.decay = static_cast<float>(p.changing[0]);
+    n.rate = static_cast<float>(-p.changing[1]);
+    n.root_correction = static_cast<float>(p.changing[2]);
+    n.ema = Lerp(p.changing[3]);
+  }
+  return n;
+}
+
 __global__ void __launch_bounds__(kThreads, ctas_at_half(kThreads))
     optimizer_step_kernel(const StepParams p) {
   if (p.skip != nullptr && *p.skip)
     return;
-  const AdamW& n = p.numbers;
+  const AdamW n = numbers_of_step(p);
   const float scale = p.scale == nullptr ? n.gradient_scale : *p.scale;
   const Chunk chunk = chunk_of_cta(p.table);
   float* parameter = start_of<float>(p.table, chunk, kParameters);
@@ -209,13 +240,41 @@ Table table_of(const char* op, const py::kwargs& a, int64_t num_lists) {
   return {numbers, sizes, sizes + num_tensors, num_tensors, chunk};
 }
 
+void optimizer_table(const py::kwargs& a) {
+  constexpr const char* op = "optimizer_table_cuda";
+  const auto numbers = keyword<std::vector<int64_t>>(a, "numbers");
+  auto* table = pointer<int64_t>(a, "table");
+  const auto device = keyword<int>(a, "device");
+  const auto stream = pointer<CUstream_st>(a, "stream");
+  if (!numbers.empty())
+    require_pointer(op, "table", table);
+  const py::gil_scoped_release release;
+  run_on(op, device, [&] {
+    TableParams p = {};
+    for (size_t begin = 0; begin < numbers.size(); begin += p.count) {
+      p.table = table + begin;
+      p.count = std::min<int64_t>(TableParams::kHeld, numbers.size() - begin);
+      std::copy_n(numbers.begin() + begin, p.count, p.numbers);
+      const cudaError_t status =
+          launch<optimizer_table_kernel>(dim3(1), dim3(kThreads), 0, stream, p);
+      if (status != cudaSuccess)
+        return status;
+    }
+    return cudaSuccess;
+  });
+}
+
 void optimizer_step(const py::kwargs& a) {
   constexpr const char* op = "optimizer_step_cuda";
   const auto copies_dtype = keyword<std::string>(a, "copies_dtype");
   require(copies_dtype == "float16" || copies_dtype == "bfloat16", op,
           "copies_dtype must be float16 or bfloat16, got " + copies_dtype);
-  const StepParams p{table_of(op, a, kTeacherCopies + 1), pointer<const float>(a, "scale"),
-                     pointer<const bool>(a, "skip"), adamw_of(op, a), copies_dtype == "float16"};
+  const StepParams p{table_of(op, a, kTeacherCopies + 1),
+                     pointer<const float>(a, "scale"),
+                     pointer<const bool>(a, "skip"),
+                     pointer<const double>(a, "changing"),
+                     adamw_of(op, a),
+                     copies_dtype == "float16"};
   const dim3 grid(static_cast<unsigned>(keyword<int64_t>(a, "num_chunks")));
   const auto device = keyword<int>(a, "device");
   const auto stream = pointer<CUstream_st>(a, "stream");
@@ -253,13 +312,17 @@ void optimizer_norm(const py::kwargs& a) {
 
 void bind_optimizer_cuda(py::module_& m) {
   using namespace dinov2_fast;
+  m.def("optimizer_table_cuda", &optimizer_table,
+        "Writes a list of numbers to table, int64, without a copy from memory of the host.");
   m.def(
       "optimizer_step_cuda", &optimizer_step,
       "AdamW, the teacher's moving average and 16-bit copies of both, in place. table: int64, the "
       "addresses [7, N] of adjacent float32 (parameters, gradients, exp_avgs, exp_avg_sqs, "
       "teachers or 0) and of copies_dtype (copies, teachers' copies, or 0), sizes [N], first "
       "chunks [N]; num_tensors, num_chunks, chunk; scale and skip: pointers or 0; lr, "
-      "weight_decay, beta1, beta2, eps, step, momentum, gradient_scale.");
+      "weight_decay, beta1, beta2, eps, step, momentum, gradient_scale. changing: 0, or float64 "
+      "[4] in place of what the numbers come to: 1 - lr weight_decay, lr / (1 - beta1^step), "
+      "sqrt(1 - beta2^step), 1 - momentum.");
   m.def("optimizer_norm_cuda", &optimizer_norm,
         "Euclidean norm of all tensors as one vector, a float32. table: int64, addresses [N] of "
         "adjacent float32, sizes [N], first chunks [N]; num_tensors, num_chunks, chunk; sums "

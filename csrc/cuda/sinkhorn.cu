@@ -256,7 +256,12 @@ void columns(const py::kwargs& a) {
   require_matrix(op, "logits", p.logits, p.rows, columns, p.row_stride, false);
   if (columns == 0)
     return; // a grid of no blocks is an error to CUDA
-  require_pointer(op, "partials", p.partial_largest);
+  if (p.rows > 0)
+    require_pointer(op, "log_v", p.log_v);
+  require_pointer(op, "largest", largest);
+  require_pointer(op, "sums", sums);
+  if (num_partials > 1)
+    require_pointer(op, "partials", partials);
   run_in_vectors<__half>(
       op, a, columns, {{p.logits, p.row_stride}}, true, [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
@@ -292,6 +297,9 @@ void rows(const py::kwargs& a) {
   require_matrix(op, "logits", p.logits, rows, columns, p.row_stride, false);
   if (rows == 0)
     return;
+  if (columns > 0)
+    require_pointer(op, "log_u", p.log_u);
+  require_pointer(op, "lse", p.lse);
   require((partials != nullptr) == (num_splits > 1), op,
           "expected partials if and only if there are several splits");
   run_in_vectors<float>(

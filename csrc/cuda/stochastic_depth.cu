@@ -150,6 +150,8 @@ void gather(const py::kwargs& a) {
   require_matrix(op, "g", p.g, p.num_rows, p.channels, p.g_row_stride, true);
   if (p.num_rows == 0 || p.channels == 0)
     return;
+  require_matrix(op, "residual", p.residual, p.residual == nullptr ? 0 : p.num_rows, p.channels,
+                 p.residual_row_stride, false);
   require((p.partials != nullptr) == (num_partials > 0), op,
           "expected partials if and only if there are num_partials");
   run_stream_in_vectors(

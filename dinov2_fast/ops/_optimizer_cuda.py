@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,18 @@ from torch.autograd.graph import increment_version
 
 from dinov2_fast.ops._native_cpu import dtype_name
 from dinov2_fast.ops._native_cuda import run_cuda
+from dinov2_fast.ops._optimizer_numbers import changing_numbers, known_numbers
 from dinov2_fast.ops._optimizer_table import CHUNK, present, table_of
+
+
+def _write(table: Tensor, numbers: tuple[int, ...]) -> None:
+    """Numbers travel as parameters of a kernel: nothing is copied from memory of the host."""
+    run_cuda("optimizer_table_cuda", table=table, numbers=numbers)
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:
     """0-d float32 norm of all gradients; squares are summed in float64, chunk by chunk."""
-    table = table_of([gradients], chunk=CHUNK)
+    table = table_of([gradients], chunk=CHUNK, write=_write)
     out = gradients[0].new_empty(())
     run_cuda(
         "optimizer_norm_cuda",
@@ -54,13 +61,13 @@ def step(
     skip: Tensor | None,
     copies: Sequence[Tensor | None] = (),
     ema_copies: Sequence[Tensor | None] = (),
-    **numbers: float,
+    **numbers: Any,
 ) -> None:
     """The step of every parameter, in place; arguments as in `adamw_ema_step`."""
     none = [None] * len(parameters)
     states = [parameters, gradients, exp_avgs, exp_avg_sqs]
     lists = [*states, ema_parameters or none, copies or none, ema_copies or none]
-    table = table_of(lists, chunk=CHUNK)
+    table = table_of(lists, chunk=CHUNK, write=_write)
     # Autograd does not see writes through pointers, and must refuse what saved the old values.
     written_copies = present([copies, ema_copies])
     increment_version([*parameters, *exp_avgs, *exp_avg_sqs, *(ema_parameters or ())])
@@ -77,5 +84,6 @@ def step(
         gradient_scale=1.0 if on_device else float(gradient_scale),
         skip=skip,
         copies_dtype=dtype_name(written_copies[0]) if written_copies else "bfloat16",
-        **numbers,
+        changing=changing_numbers(parameters[0], **numbers),
+        **known_numbers(numbers),
     )

@@ -17,6 +17,7 @@ from dinov2_fast.ops import _optimizer_cuda, _optimizer_native, _optimizer_trito
 from dinov2_fast.ops._checks import accumulation_dtype, check_positive
 from dinov2_fast.ops._native_cpu import on_cuda
 from dinov2_fast.ops._optimizer_native import refusal
+from dinov2_fast.ops._optimizer_numbers import Number, read_by_host
 
 
 def adamw_ema_reference(
@@ -26,14 +27,14 @@ def adamw_ema_reference(
     exp_avg_sq: Tensor,
     ema_parameter: Tensor | None,
     *,
-    lr: float,
-    weight_decay: float,
+    lr: Number,
+    weight_decay: Number,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
-    momentum: float,
-    gradient_scale: Tensor | float,
+    step: Number,
+    momentum: Number,
+    gradient_scale: Number,
     skip: Tensor | None,
 ) -> None:
     """The step of one parameter, in place, with one temporary; arguments as in `adamw_ema_step`.
@@ -51,9 +52,15 @@ def adamw_ema_reference(
     if skip is not None:
         scratch.masked_fill_(skip, torch.inf)
     parameter.mul_(1 - lr * weight_decay * keep)
-    parameter.addcdiv_(exp_avg, scratch, value=-lr / (1 - beta1**step))
+    rate = lr / (1 - beta1**step)
+    if isinstance(rate, Tensor):  # which addcdiv_ would wait for
+        parameter.sub_(torch.div(exp_avg, scratch, out=scratch).mul_(rate))
+    else:
+        parameter.addcdiv_(exp_avg, scratch, value=-rate)
     if ema_parameter is not None:
-        ema_parameter.lerp_(parameter, (1 - momentum) * keep)
+        share = (1 - momentum) * keep
+        share = share.to(parameter.dtype) if isinstance(share, Tensor) else share
+        ema_parameter.lerp_(parameter, share)
 
 
 @torch.no_grad()
@@ -116,14 +123,14 @@ def adamw_ema_step(
     exp_avg_sqs: Sequence[Tensor],
     ema_parameters: Sequence[Tensor] | None,
     *,
-    lr: float,
-    weight_decay: float,
+    lr: Number,
+    weight_decay: Number,
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
-    momentum: float,
-    gradient_scale: Tensor | float = 1.0,
+    step: Number,
+    momentum: Number,
+    gradient_scale: Number = 1.0,
     skip: Tensor | None = None,
     copies: Sequence[Tensor | None] = (),
     ema_copies: Sequence[Tensor | None] = (),
@@ -135,19 +142,24 @@ def adamw_ema_step(
     p = p (1 - lr weight_decay) - lr m' / (sqrt(v') + eps) with the bias-corrected m', v', and
     ema = momentum ema + (1 - momentum) p.
 
+    A CUDA graph may capture it. Replays work on the tensors of the capture and with its numbers;
+    only what a tensor on the GPU says is read anew, so lr, weight_decay, step and momentum may be
+    0-d ones: what torch's optimizers call capturable.
+
     Args:
         parameters: p, changed in place.
         gradients: of the same shapes; not changed.
         exp_avgs: m, changed in place; zeros before the first step.
         exp_avg_sqs: v, changed in place; zeros before the first step.
         ema_parameters: the teacher's parameters, changed in place; None has no teacher.
-        lr: learning rate of this step.
-        weight_decay: decay of this step, per unit of learning rate.
+        lr: learning rate of this step; a 0-d tensor on the GPU is read there, without a check of
+            its range, and one on the CPU at once.
+        weight_decay: decay of this step, per unit of learning rate; or a tensor, as lr.
         beta1: decay of m.
         beta2: decay of v.
         eps: added to the root of v'.
-        step: number of this step, from 1, for the bias correction.
-        momentum: of the moving average, in [0, 1].
+        step: number of this step, from 1, for the bias correction; or a tensor, as lr.
+        momentum: of the moving average, in [0, 1]; or a tensor, as lr.
         gradient_scale: factor on the gradients, for instance the clip coefficient; a 0-d tensor is
             read on the device.
         skip: 0-d bool; where it is true nothing changes, whatever the gradients hold. None is
@@ -157,21 +169,24 @@ def adamw_ema_step(
         ema_copies: the teacher's, where `copies` has one.
         backend: see `backends.choose_backend`.
     Raises:
-        TypeError: skip not bool, gradient_scale not 0-d, copies not floating-point.
+        TypeError: skip not bool, a number not 0-d, copies not floating-point.
         ValueError: lists of different length, shapes, dtypes or devices; a number out of range.
         BackendUnavailable: the explicit backend cannot compute this call.
     Source: Loshchilov, Hutter, "Decoupled weight decay regularization", 2019.
     """
     _check_lists(parameters, gradients, exp_avgs, exp_avg_sqs, ema_parameters)
-    _check_numbers(lr, weight_decay, beta1, beta2, eps, step, momentum)
-    _check_scalars(gradient_scale, skip)
+    changing = {"lr": lr, "weight_decay": weight_decay, "step": step, "momentum": momentum}
+    _check_scalars(skip, gradient_scale=gradient_scale, **changing)
+    changing |= {"step": step.long() if isinstance(step, Tensor) else step}
+    changing = {name: read_by_host(value) for name, value in changing.items()}
+    _check_numbers(**changing, beta1=beta1, beta2=beta2, eps=eps)
     _check_copies(parameters, "copies", copies)
     _check_copies(parameters if ema_parameters is not None else (), "ema_copies", ema_copies)
     if not parameters:
         return
     refusals = _refusals(
         parameters[0],
-        _scalar_refusal(parameters[0].device, gradient_scale, skip),
+        _scalar_refusal(parameters[0].device, gradient_scale, skip=skip, **changing),
         parameters=parameters,
         gradients=gradients,
         exp_avgs=exp_avgs,
@@ -184,13 +199,10 @@ def adamw_ema_step(
             return
         skip = None
     numbers: dict[str, Any] = {
-        "lr": lr,
-        "weight_decay": weight_decay,
+        **changing,
         "beta1": beta1,
         "beta2": beta2,
         "eps": eps,
-        "step": step,
-        "momentum": momentum,
         "gradient_scale": gradient_scale,
     }
     lists = (parameters, gradients, exp_avgs, exp_avg_sqs)
@@ -273,34 +285,25 @@ def _check_copies(parameters: Sequence[Tensor], name: str, copies: Sequence[Tens
             )
 
 
-def _check_numbers(
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    momentum: float,
-) -> None:
-    """Refuse numbers out of range."""
-    for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
-        if not value >= 0:
-            raise ValueError(f"adamw_ema_step: {name} must be at least 0, got {value}")
+def _check_numbers(*, beta1: float, beta2: float, eps: float, **changing: Number) -> None:
+    """Refuse numbers out of range, of those that are not on the device."""
+    known = {name: x for name, x in changing.items() if not isinstance(x, Tensor)}
+    for name in ("lr", "weight_decay"):
+        if not known.get(name, 0) >= 0:
+            raise ValueError(f"adamw_ema_step: {name} must be at least 0, got {known[name]}")
     for name, value in {"beta1": beta1, "beta2": beta2}.items():
         if not 0 <= value < 1:
             raise ValueError(f"adamw_ema_step: {name} must be in [0, 1), got {value}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"adamw_ema_step: momentum must be in [0, 1], got {momentum}")
-    if step < 1:
-        raise ValueError(f"adamw_ema_step: step must be at least 1, got {step}")
+    if not 0 <= known.get("momentum", 0) <= 1:
+        raise ValueError(f"adamw_ema_step: momentum must be in [0, 1], got {known['momentum']}")
+    if known.get("step", 1) < 1:
+        raise ValueError(f"adamw_ema_step: step must be at least 1, got {known['step']}")
     check_positive("adamw_ema_step", eps=eps)
 
 
-def _scalar_refusal(
-    device: torch.device, gradient_scale: Tensor | float, skip: Tensor | None
-) -> str:
+def _scalar_refusal(device: torch.device, gradient_scale: Number, **others: Number | None) -> str:
     """Why kernels on a device cannot read these numbers, or ""."""
-    for name, value in {"gradient_scale": gradient_scale, "skip": skip}.items():
+    for name, value in {"gradient_scale": gradient_scale, **others}.items():
         if isinstance(value, Tensor) and value.device != device:
             return f"{name} must be on {device}, got {value.device}"
     if isinstance(gradient_scale, Tensor) and gradient_scale.dtype != torch.float32:
@@ -308,13 +311,13 @@ def _scalar_refusal(
     return ""
 
 
-def _check_scalars(gradient_scale: Tensor | float, skip: Tensor | None) -> None:
+def _check_scalars(skip: Tensor | None, **numbers: Number) -> None:
     """Refuse tensors that are not the 0-d ones they must be."""
-    if isinstance(gradient_scale, Tensor) and gradient_scale.ndim != 0:
-        raise TypeError(
-            "adamw_ema_step: gradient_scale must be a number or of shape [], "
-            f"got {tuple(gradient_scale.shape)}"
-        )
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) and value.ndim != 0:
+            raise TypeError(
+                f"adamw_ema_step: {name} must be a number or of shape [], got {tuple(value.shape)}"
+            )
     if skip is not None and (skip.dtype != torch.bool or skip.ndim != 0):
         raise TypeError(
             f"adamw_ema_step: skip must be bool of shape [], got {skip.dtype} {tuple(skip.shape)}"

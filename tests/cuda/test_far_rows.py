@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dinov2_fast import environment
 from dinov2_fast.ops import _optimizer_cuda, _optimizer_triton
-from dinov2_fast.ops._optimizer_table import Table, table_of
+from dinov2_fast.ops._optimizer_table import Table, Write, table_of
 from tests.cuda import native_on_ptx
 from tests.cuda.moved_arguments import arguments_moved, same_bits
 from tests.cuda.triton_calls import CALLS, Make, gelu
@@ -58,12 +58,12 @@ def far_apart(tensor: Tensor, row_stride: int) -> Tensor:
     return memory.as_strided(tensor.shape, (row_stride, *tensor.stride()[1:])).copy_(tensor)
 
 
-def long_table_of(lists: Sequence[Sequence[Tensor | None]], *, chunk: int) -> Table:
+def long_table_of(lists: Sequence[Sequence[Tensor | None]], *, chunk: int, write: Write) -> Table:
     """The table of lists whose first tensors begin LONG elements before those that are given.
 
     CTAs are of the last chunks alone: the first one's number is counted from below zero.
     """
-    table = table_of(lists, chunk=chunk)
+    table = table_of(lists, chunk=chunk, write=write)
     *addresses, sizes, first_chunks = table.numbers.clone().view(-1, table.num_tensors)
     for listed, of_list in zip(lists, addresses, strict=True):
         if listed[0] is not None:
@@ -148,8 +148,8 @@ def test_triton_kernels_find_rows_that_are_far_apart(
             made.append(place(numbers, ROW_STRIDES[len(made)]))
             return made[-1]
 
-        def known(lists: Any, *, chunk: int) -> Table:
-            found = table(lists, chunk=chunk)
+        def known(lists: Any, **options: Any) -> Table:
+            found = table(lists, **options)
             tables[found.numbers.data_ptr()] = found.tensors
             return found
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov2_fast import backends, native
-from dinov2_fast.ops import _native_cuda
+import dinov2_fast.kernels
+from dinov2_fast import backends, environment, native
+from dinov2_fast.ops import _native_cuda, _optimizer_triton
 from tests.cuda import native_on_ptx
+from tests.cuda.captured import WAITING
 from tests.source_files import ROOT
 from tools.kernel_report.__main__ import CASES
 from tools.kernel_report.cases import as_it_is
@@ -66,6 +71,20 @@ def test_a_launch_is_on_its_device_and_stream_and_leaves_the_callers_device(
     assert done.stdout.splitlines() == [*expected, "device 0"]
 
 
+def test_a_function_is_told_the_device_of_its_tensors_and_that_devices_stream(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    told: list[dict[str, Any]] = []
+    extension = SimpleNamespace(example_cuda=lambda **arguments: told.append(arguments))
+    monkeypatch.setattr(native, "module", lambda: extension)
+    streams = {3: SimpleNamespace(cuda_stream=0x5EED), 0: SimpleNamespace(cuda_stream=0xBAD)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
+    # Of a tensor on the fourth GPU `call` asks for nothing but where it is.
+    tensor = SimpleNamespace(device=torch.device("cuda", 3))
+    _native_cuda.call("example_cuda", {"rows": 2, "x": 64}, {"x": tensor}, ())
+    assert told == [{"rows": 2, "x": 64, "device": 3, "stream": 0x5EED}]
+
+
 def test_host_code_calls_nothing_that_allocates_or_waits():
     sources = {path: path.read_text() for path in CUDA.rglob("*.cu*")}
     calls = re.compile(r"\bcu(?:da)?[A-Z]\w*(?=\()")
@@ -107,7 +126,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_without_a_driver_every_function_says_so(stem: str, launched: list[str]):
     case = CASES[stem][-1]
     list(case.run(case.sizes, case.types, as_it_is, "native"))
-    assert len(set(launched)) == 2
+    assert len(set(launched)) == (3 if stem == "optimizer" else 2)  # its table is one more
 
 
 @pytest.mark.parametrize(
@@ -119,11 +138,18 @@ def test_without_a_driver_every_function_says_so(stem: str, launched: list[str])
             ("80-real", "90-real", "90-virtual"),
             (7, 5),
             r"holds code for 80-real, 90-real, 90-virtual, the GPU is 75; "
-            r"rebuild with DINOV2_FAST_CUDA_ARCHS=75",
+            r"its CUDA kernels need 80 or later",
         ),
+        (
+            ("90a",),
+            (8, 0),
+            r"holds code for 90a, the GPU is 80; rebuild with DINOV2_FAST_CUDA_ARCHS=80",
+        ),
+        (("80-real", "90-real", "90-virtual"), (12, 0), r"^$"),
+        (("80-real", "90a", "80-virtual"), (10, 0), r"^$"),
     ],
 )
-def test_a_gpu_without_code_is_refused_before_a_launch(
+def test_only_a_gpu_without_code_is_refused_before_a_launch(
     archs: tuple[str, ...],
     gpu: tuple[int, int] | None,
     message: str,
@@ -155,8 +181,6 @@ def test_machine_code_and_code_for_later_gpus_are_in_the_extension():
 class Waiting(TorchDispatchMode):
     """Notes what an op of ours does that waits for its GPU or copies to it from the host."""
 
-    FUNCTIONS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "unique")
-
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
@@ -166,16 +190,44 @@ class Waiting(TorchDispatchMode):
         inside = any("dinov2_fast/ops/" in code.co_filename for code in callers)
         # Row numbers are looked at on the CPU alone.
         checks = any(code.co_name == "check_row_range" for code in callers)
-        if inside and not checks and func.overloadpacket.__name__.startswith(self.FUNCTIONS):
+        if inside and not checks and func.overloadpacket.__name__.startswith(WAITING):
             self.found.add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
-# The optimizer's table of addresses is made on the host: its step cannot be captured in a graph.
 @pytest.mark.parametrize("stem", CASES)
 def test_ops_wait_for_nothing_and_copy_nothing_from_the_host(stem: str, launched: list[str]):
     case = CASES[stem][-1]
     with Waiting() as waiting:
         list(case.run(case.sizes, case.types, as_it_is, "native"))
     assert launched
-    assert waiting.found == ({"lift_fresh"} if stem == "optimizer" else set())
+    assert not waiting.found
+
+
+@pytest.fixture
+def launched_by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Triton's launches compute nothing, and all goes into a graph; names of their kernels."""
+    pytest.importorskip("triton")
+    if environment.triton_interpreted():
+        pytest.skip("Triton interprets")
+    from triton.runtime.jit import JITFunction
+
+    for module in pkgutil.iter_modules(dinov2_fast.kernels.__path__):
+        importlib.import_module(f"dinov2_fast.kernels.{module.name}")
+    called: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: called.append(kernel.__name__))
+    monkeypatch.setattr(_optimizer_triton, "_is_captured", lambda table: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # now the ops take tensors of the CPU
+    backends._why_not.cache_clear()
+    yield called
+    backends._why_not.cache_clear()
+
+
+@pytest.mark.parametrize("stem", CASES)
+def test_tritons_launches_wait_for_nothing_either(stem: str, launched_by_triton: list[str]):
+    case = CASES[stem][-1]
+    types = [torch.float32 if stem == "optimizer" else kind for kind in case.types]
+    with Waiting() as waiting:
+        list(case.run(case.sizes, tuple(types), as_it_is, "triton"))
+    assert len(launched_by_triton) >= 2
+    assert not waiting.found

@@ -99,7 +99,7 @@ def test_tensors_of_any_size_match_the_reference(arch: int, offset: int, dtype: 
         options = {"copies": copies, "ema_copies": ema_copies, "gradient_scale": 0.5}
         adamw_ema_step(**lists, **options, **NUMBERS, backend="native")
 
-    assert len(results) == 1
+    assert len(results) == 2
     assert all(map(torch.equal, lists["gradients"], before["gradients"]))
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
@@ -205,7 +205,7 @@ def test_norm_matches_the_reference(offset: int):
     gradients = make_lists(SIZES, offset)["gradients"]
     with native_on_ptx.native_on_ptx() as results:
         norm = gradient_norm(gradients, backend="native")
-    assert len(results) == 2
+    assert len(results) == 3
     flat = torch.cat(gradients)
     assert_within_error_budget(
         norm, low_precision=flat.norm(), truth=flat.double().norm(), name="gradient_norm"
@@ -238,16 +238,27 @@ def test_norm_of_many_chunks(monkeypatch: pytest.MonkeyPatch):
 
 def test_empty_tensors_have_no_norm_and_no_step():
     lists = make_lists([0, 0])
-    assert not run_step(lists)
+    assert len(run_step(lists)) == 1  # of the table
     with native_on_ptx.native_on_ptx() as results:
         assert gradient_norm(lists["gradients"], backend="native").item() == 0.0
-    assert len(results) == 1
+    assert len(results) == 2
+
+
+def test_a_table_of_any_length_reaches_the_device():
+    # No number, one, and launches of as many as their parameters hold; 64 bits of each.
+    for count in (0, 1, 510, 511, 1021):
+        table = torch.full((count + PADDING,), -7)
+        numbers = tuple((2**40 + 1) * i - 2**62 for i in range(count))
+        with native_on_ptx.native_on_ptx() as results:
+            run_cuda("optimizer_table_cuda", table=table, numbers=numbers)
+        assert len(results) == -(-count // 510)
+        assert table.tolist() == [*numbers, *[-7] * PADDING]
 
 
 def test_warps_touch_whole_sectors():
     lists = make_lists([4096])
     copies = [[torch.zeros(4096, dtype=torch.bfloat16)] for _ in range(2)]
-    (result,) = run_step(lists, copies=copies[0], ema_copies=copies[1], profile=True)
+    _, result = run_step(lists, copies=copies[0], ema_copies=copies[1], profile=True)
     sectors = result.counters["global sectors, store"]
     assert sectors * 32 == result.counters["global bytes, store"] == 4096 * (4 * 4 + 2 * 2)
     # Of vectors of 16 bytes, which are 8 of a copy.
@@ -302,7 +313,7 @@ def test_every_deleted_barrier_is_reported():
 )
 def test_the_binding_rejects_what_it_cannot_compute(changes: dict[str, Any], message: str):
     good = {"table": torch.zeros(9, dtype=torch.int64), "num_tensors": 1, "num_chunks": 0}
-    good |= {"chunk": 4, "scale": None, "gradient_scale": 1.0, "skip": None}
+    good |= {"chunk": 4, "scale": None, "gradient_scale": 1.0, "skip": None, "changing": None}
     good |= {"copies_dtype": "bfloat16", **NUMBERS}
     with native_on_ptx.native_on_ptx(), pytest.raises(ValueError, match=message):
         run_cuda("optimizer_step_cuda", **(good | changes))

@@ -245,6 +245,15 @@ def test_skip_false_is_a_step(backend: str, device: str):
     assert_bit_equal(lists, expected)
 
 
+def test_numbers_in_tensors_on_the_cpu_are_read_at_once(backend: str, device: str):
+    lists, expected = make_lists(device=device), make_lists(device=device)
+    names = ("lr", "weight_decay", "step", "momentum")
+    tensors = {name: torch.tensor(NUMBERS[name], dtype=torch.float64) for name in names}
+    adamw_ema_step(**lists, **(NUMBERS | tensors), backend=backend)
+    adamw_ema_step(**expected, **NUMBERS, backend=backend)
+    assert_bit_equal(lists, expected)
+
+
 def test_gradients_are_not_changed(backend: str, device: str):
     lists = make_lists(device=device)
     before = copied(lists)
@@ -346,6 +355,9 @@ def test_no_parameters_are_a_step():
         ({"eps": 0.0}, ValueError, "eps must be finite and greater than 0"),
         ({"step": 0}, ValueError, "step must be at least 1"),
         ({"momentum": 1.1}, ValueError, r"momentum must be in \[0, 1\]"),
+        ({"lr": torch.ones(1)}, TypeError, r"lr must be a number or of shape \[\], got \(1,\)"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be at least 0, got -1"),
+        ({"step": torch.tensor(0.0)}, ValueError, "step must be at least 1, got 0"),
         ({"copies": [None, None]}, ValueError, "copies must have one tensor or None for each"),
         ({"copies": [randn(3).bfloat16()]}, ValueError, r"copies\[0\] must have shape and device"),
         ({"copies": [randn(2, 3).int()]}, TypeError, r"copies\[0\] must be of a floating-point"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinov2_fast import environment
 from dinov2_fast.backends import PREFERENCE, availability
 
 
@@ -30,23 +29,14 @@ def kernels(request: pytest.FixtureRequest, device_of_kernels: str) -> str:
     reason = availability(stem, device_of_kernels)[request.param]
     if request.param == "native" and device_of_kernels == "cpu":
         reason = "those of the CPU have tests of their own"
+    if reason and device_of_kernels == "cpu" and request.param == "triton":
+        reason += "; TRITON_INTERPRET=1 would run this on the CPU"
     if reason:
         pytest.skip(reason)
     return request.param
 
 
 @pytest.fixture
-def triton_device() -> str:
-    """The device type that Triton's kernels run on here."""
-    pytest.importorskip("triton")
-    if environment.triton_interpreted():
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device; TRITON_INTERPRET=1 would run this on the CPU")
-    return "cuda"
-
-
-@pytest.fixture
-def num_images(triton_device: str) -> int:
+def num_images(device_of_kernels: str) -> int:
     """Images of a pack of two global and eight local crops each: fewer where it takes long."""
-    return 8 if triton_device == "cuda" else 0
+    return 8 if device_of_kernels == "cuda" else 0

@@ -1,4 +1,4 @@
-"""The Triton kernels of cross-entropy with many prototypes."""
+"""Cross-entropy's kernels for a GPU, with many prototypes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ def make_targets(
 @pytest.mark.parametrize("types", TYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("full", [True, False])  # a multiple of a step, and one past it
 def test_loss_and_gradient_are_within_budget(
-    types: tuple[torch.dtype, torch.dtype], full: bool, triton_device: str
+    types: tuple[torch.dtype, torch.dtype], full: bool, kernels: str, device_of_kernels: str
 ):
-    students, teachers, prototypes = (257, 64, 65536) if triton_device == "cuda" else (3, 2, 8192)
+    students, teachers, prototypes = (
+        (257, 64, 65536) if device_of_kernels == "cuda" else (3, 2, 8192)
+    )
     prototypes += 0 if full else 1
-    teacher, log_u, log_v = make_targets(teachers, prototypes, types[1], triton_device)
-    student = randn(students, prototypes, dtype=types[0], device=triton_device, seed=1, scale=0.3)
-    rows = torch.arange(students, device=triton_device) % teachers
+    teacher, log_u, log_v = make_targets(teachers, prototypes, types[1], device_of_kernels)
+    student = randn(
+        students, prototypes, dtype=types[0], device=device_of_kernels, seed=1, scale=0.3
+    )
+    rows = torch.arange(students, device=device_of_kernels) % teachers
 
     def outputs(dtype: torch.dtype | None, backend: str) -> list[Tensor]:
         (leaf,) = leaves(student, dtype=dtype)
@@ -52,25 +56,27 @@ def test_loss_and_gradient_are_within_budget(
         )
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
 
-    found, low = outputs(None, "triton"), outputs(None, "reference")
+    found, low = outputs(None, kernels), outputs(None, "reference")
     truth = outputs(torch.float64, "reference")
     for name, out, one, exact in zip(("loss", "gradient"), found, low, truth, strict=True):
         assert_within_error_budget(out, low_precision=one, truth=exact, name=name)
-    assert all(map(torch.equal, found, outputs(None, "triton")))
+    assert all(map(torch.equal, found, outputs(None, kernels)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scores_that_are_never_stored_are_within_budget(dtype: torch.dtype, triton_device: str):
-    students, prototypes = (70, 8192) if triton_device == "cuda" else (5, 4097)
-    teacher, log_u, log_v = make_targets(8, prototypes, torch.float16, triton_device)
+def test_scores_that_are_never_stored_are_within_budget(
+    dtype: torch.dtype, kernels: str, device_of_kernels: str
+):
+    students, prototypes = (70, 8192) if device_of_kernels == "cuda" else (5, 4097)
+    teacher, log_u, log_v = make_targets(8, prototypes, torch.float16, device_of_kernels)
     originals = [
-        randn(students, 64, dtype=dtype, device=triton_device, seed=1, scale=0.1),
-        randn(prototypes, 64, device=triton_device, seed=2, scale=0.1),
+        randn(students, 64, dtype=dtype, device=device_of_kernels, seed=1, scale=0.1),
+        randn(prototypes, 64, device=device_of_kernels, seed=2, scale=0.1),
     ]
     rows = torch.stack((torch.arange(students) % 8, torch.arange(students) % 3 - 1), dim=1).to(
-        triton_device
+        device_of_kernels
     )  # a second teacher, or none
-    row_weights = torch.linspace(0.1, 1, students, device=triton_device)
+    row_weights = torch.linspace(0.1, 1, students, device=device_of_kernels)
 
     def outputs(wide: bool, backend: str) -> list[Tensor]:
         kind = torch.float64 if wide else None
@@ -88,7 +94,7 @@ def test_scores_that_are_never_stored_are_within_budget(dtype: torch.dtype, trit
         return [losses, *torch.autograd.grad(total, inputs)]
 
     found, low, truth = (
-        outputs(False, "triton"),
+        outputs(False, kernels),
         outputs(False, "reference"),
         outputs(True, "reference"),
     )

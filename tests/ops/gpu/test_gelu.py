@@ -1,4 +1,4 @@
-"""GELU's Triton kernels at DINOv2's widths, on packs of global and local crops."""
+"""GELU's kernels for a GPU at DINOv2's widths, on packs of global and local crops."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ def outputs(x: Tensor, gradient: Tensor, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_pack_is_within_budget(
-    width: int, dtype: torch.dtype, triton_device: str, num_images: int
+    width: int, dtype: torch.dtype, kernels: str, device_of_kernels: str, num_images: int
 ):
     tokens = num_images * (2 * 257 + 8 * 50) or 5
-    x = randn(tokens, width, dtype=dtype, device=triton_device, scale=2.0)
-    gradient = randn(tokens, width, dtype=dtype, device=triton_device, seed=1)
-    found, low = (outputs(x, gradient, backend) for backend in ("triton", "reference"))
+    x = randn(tokens, width, dtype=dtype, device=device_of_kernels, scale=2.0)
+    gradient = randn(tokens, width, dtype=dtype, device=device_of_kernels, seed=1)
+    found, low = (outputs(x, gradient, backend) for backend in (kernels, "reference"))
     truth = outputs(x.double(), gradient.double(), "reference")
     names = ("forward", "dx", "activation", "sums")
     for name, out, one, exact in zip(names, found, low, truth, strict=True):
         assert_within_error_budget(out, low_precision=one, truth=exact, name=name)
-    assert all(map(torch.equal, found, outputs(x, gradient, "triton")))  # sums have one order
+    assert all(map(torch.equal, found, outputs(x, gradient, kernels)))  # sums have one order
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_of_autograd_is_within_budget(dtype: torch.dtype, triton_device: str):
-    wide = randn(37, 2 * 96 + 8, dtype=dtype, device=triton_device, scale=2.0)
+def test_gradient_of_autograd_is_within_budget(
+    dtype: torch.dtype, kernels: str, device_of_kernels: str
+):
+    wide = randn(37, 2 * 96 + 8, dtype=dtype, device=device_of_kernels, scale=2.0)
     x = wide[:, 4:-4]  # strided rows
-    incoming = randn(37, 2 * 96, dtype=dtype, device=triton_device, seed=1)
+    incoming = randn(37, 2 * 96, dtype=dtype, device=device_of_kernels, seed=1)
 
     def gradient(x: Tensor, backend: str) -> Tensor:
         (leaf,) = leaves(x)
         return torch.autograd.grad(gelu(leaf, backend=backend), leaf, incoming.to(x.dtype))[0]
 
     assert_within_error_budget(
-        gradient(x, "triton"),
+        gradient(x, kernels),
         low_precision=gradient(x, "reference"),
         truth=gradient(x.double(), "reference"),
         name="gelu.dx",

@@ -1,4 +1,4 @@
-"""The layer norm's Triton kernels at DINOv2's widths, on packs of global and local crops."""
+"""The layer norm's kernels for a GPU at DINOv2's widths, on packs of global and local crops."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ def test_kept_rows_of_a_pack_are_within_budget(
     width: int,
     types: tuple[torch.dtype, torch.dtype],
     rebuild: bool,
-    triton_device: str,
+    kernels: str,
+    device_of_kernels: str,
     num_images: int,
 ):
     tokens = num_images * (2 * 257 + 8 * 50) or 11
-    x = 2 + randn(tokens, width, dtype=types[0], device=triton_device, scale=3.0)
-    weight = 1 + randn(width, device=triton_device, seed=1, scale=0.1)
-    bias = randn(width, device=triton_device, seed=2, scale=0.1)
-    rows = randperm(tokens, device=triton_device)[: tokens * 3 // 5]
-    dy = randn(rows.shape[0], width, dtype=types[1], device=triton_device, seed=3)
+    x = 2 + randn(tokens, width, dtype=types[0], device=device_of_kernels, scale=3.0)
+    weight = 1 + randn(width, device=device_of_kernels, seed=1, scale=0.1)
+    bias = randn(width, device=device_of_kernels, seed=2, scale=0.1)
+    rows = randperm(tokens, device=device_of_kernels)[: tokens * 3 // 5]
+    dy = randn(rows.shape[0], width, dtype=types[1], device=device_of_kernels, seed=3)
     inputs = [x, weight, bias]
-    found = outputs(inputs, rows, dy, rebuild, "triton")
+    found = outputs(inputs, rows, dy, rebuild, kernels)
     low = outputs(inputs, rows, dy, rebuild, "reference")
     wide = [tensor.double() for tensor in inputs]
     truth = outputs(wide, rows, dy.double(), rebuild, "reference")
@@ -63,22 +64,26 @@ def test_kept_rows_of_a_pack_are_within_budget(
         assert_within_error_budget(out, low_precision=low_precision, truth=exact, name=name)
 
 
-def test_sums_have_one_order(triton_device: str):
-    x = randn(3000 if triton_device == "cuda" else 30, 384, device=triton_device)
-    inputs = [x, torch.ones(384, device=triton_device), torch.zeros(384, device=triton_device)]
-    rows = randperm(x.shape[0], device=triton_device)
-    dy = randn(*x.shape, device=triton_device, seed=3)
-    first, second = (outputs(inputs, rows, dy, True, "triton") for _ in range(2))
+def test_sums_have_one_order(kernels: str, device_of_kernels: str):
+    x = randn(3000 if device_of_kernels == "cuda" else 30, 384, device=device_of_kernels)
+    inputs = [
+        x,
+        torch.ones(384, device=device_of_kernels),
+        torch.zeros(384, device=device_of_kernels),
+    ]
+    rows = randperm(x.shape[0], device=device_of_kernels)
+    dy = randn(*x.shape, device=device_of_kernels, seed=3)
+    first, second = (outputs(inputs, rows, dy, True, kernels) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-def test_dropped_rows_of_the_gradient_stay_bit_equal(triton_device: str):
-    dx = randn(40, 384, device=triton_device)
-    before, rows = dx.clone(), torch.arange(0, 40, 3, device=triton_device)
-    y = randn(rows.shape[0], 384, device=triton_device, seed=1)
-    weight, rstd = torch.ones(384, device=triton_device), torch.ones_like(y[:, 0]).contiguous()
+def test_dropped_rows_of_the_gradient_stay_bit_equal(kernels: str, device_of_kernels: str):
+    dx = randn(40, 384, device=device_of_kernels)
+    before, rows = dx.clone(), torch.arange(0, 40, 3, device=device_of_kernels)
+    y = randn(rows.shape[0], 384, device=device_of_kernels, seed=1)
+    weight, rstd = torch.ones(384, device=device_of_kernels), torch.ones_like(y[:, 0]).contiguous()
     zeros = torch.zeros_like(weight)
-    layer_norm_backward_(dx, y, y, rstd, weight, zeros, rows=rows, backend="triton")
-    dropped = torch.ones(40, dtype=torch.bool, device=triton_device)
+    layer_norm_backward_(dx, y, y, rstd, weight, zeros, rows=rows, backend=kernels)
+    dropped = torch.ones(40, dtype=torch.bool, device=device_of_kernels)
     dropped[rows] = False
     assert torch.equal(dx[dropped], before[dropped])

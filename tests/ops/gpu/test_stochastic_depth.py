@@ -1,4 +1,4 @@
-"""Stochastic depth's Triton kernels at DINOv2's widths, on packs of global and local crops."""
+"""Stochastic depth's kernels for a GPU at DINOv2's widths, on packs of crops of both sizes."""
 
 from __future__ import annotations
 
@@ -35,42 +35,50 @@ def outputs(
 
 @pytest.mark.parametrize(("width", "types"), CASES, ids=str)
 def test_kept_rows_of_a_pack_are_within_budget(
-    width: int, types: tuple[torch.dtype, torch.dtype], triton_device: str, num_images: int
+    width: int,
+    types: tuple[torch.dtype, torch.dtype],
+    kernels: str,
+    device_of_kernels: str,
+    num_images: int,
 ):
     tokens = num_images * (2 * 257 + 8 * 50) or 37
-    x = 1 + randn(tokens, width, dtype=types[0], device=triton_device)  # sums that do not cancel
-    rows = randperm(tokens, device=triton_device)[: tokens * 3 // 5]
-    residual = randn(rows.shape[0], width, dtype=types[1], device=triton_device, seed=1)
-    scale = torch.full((rows.shape[0],), 5 / 3, device=triton_device)
-    gamma = randn(width, device=triton_device, seed=2)
-    found = outputs(x, residual, rows, scale, gamma, "triton")
+    x = 1 + randn(
+        tokens, width, dtype=types[0], device=device_of_kernels
+    )  # sums that do not cancel
+    rows = randperm(tokens, device=device_of_kernels)[: tokens * 3 // 5]
+    residual = randn(rows.shape[0], width, dtype=types[1], device=device_of_kernels, seed=1)
+    scale = torch.full((rows.shape[0],), 5 / 3, device=device_of_kernels)
+    gamma = randn(width, device=device_of_kernels, seed=2)
+    found = outputs(x, residual, rows, scale, gamma, kernels)
     low = outputs(x, residual, rows, scale, gamma, "reference")
     truth = outputs(
         x.double(), residual.double(), rows, scale.double(), gamma.double(), "reference"
     )
     for name, out, one, exact in zip(("x", "g", "sums"), found, low, truth, strict=True):
         assert_within_error_budget(out, low_precision=one, truth=exact, name=name)
-    again = outputs(x, residual, rows, scale, gamma, "triton")
+    again = outputs(x, residual, rows, scale, gamma, kernels)
     assert all(map(torch.equal, found, again))
 
 
-def test_gradients_of_a_scatter_are_within_budget(triton_device: str, num_images: int):
+def test_gradients_of_a_scatter_are_within_budget(
+    kernels: str, device_of_kernels: str, num_images: int
+):
     tokens = num_images * (2 * 257 + 8 * 50) or 37
-    rows = randperm(tokens, device=triton_device)[: tokens * 3 // 5]
+    rows = randperm(tokens, device=device_of_kernels)[: tokens * 3 // 5]
     originals = [
-        randn(tokens, 384, device=triton_device),
-        randn(rows.shape[0], 384, device=triton_device, seed=1),
-        randn(384, device=triton_device, seed=2),
+        randn(tokens, 384, device=device_of_kernels),
+        randn(rows.shape[0], 384, device=device_of_kernels, seed=1),
+        randn(384, device=device_of_kernels, seed=2),
     ]
-    scale = torch.full((rows.shape[0],), 5 / 3, device=triton_device)
+    scale = torch.full((rows.shape[0],), 5 / 3, device=device_of_kernels)
 
     def gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
         x, residual, gamma = inputs = leaves(*originals, dtype=dtype)
         out = scatter_add_scaled(x, residual, rows, scale.to(dtype), gamma, backend=backend)
-        incoming = 1 + randn(*out.shape, device=triton_device, seed=3)
+        incoming = 1 + randn(*out.shape, device=device_of_kernels, seed=3)
         return list(torch.autograd.grad(out, inputs, incoming.to(dtype)))
 
-    found, low = (gradients(torch.float32, backend) for backend in ("triton", "reference"))
+    found, low = (gradients(torch.float32, backend) for backend in (kernels, "reference"))
     truth = gradients(torch.float64, "reference")
     for name, out, one, exact in zip(("dx", "dresidual", "dgamma"), found, low, truth, strict=True):
         assert_within_error_budget(out, low_precision=one, truth=exact, name=name)

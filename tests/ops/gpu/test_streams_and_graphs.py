@@ -1,7 +1,4 @@
-"""Kernels for a GPU on a stream that is not the default one, and captured in a CUDA graph.
-
-The optimizer is not here: the table of its tensors' addresses comes from the host in every step.
-"""
+"""Kernels for a GPU on a stream that is not the default one, and captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from dinov2_fast.ops.cross_entropy import cross_entropy
 from dinov2_fast.ops.gelu import gelu, gelu_backward_
 from dinov2_fast.ops.koleo import koleo
 from dinov2_fast.ops.layer_norm import layer_norm_backward_, layer_norm_forward
+from dinov2_fast.ops.optimizer import adamw_ema_step, clip_coefficient, gradient_norm
 from dinov2_fast.ops.sinkhorn import sinkhorn
 from dinov2_fast.ops.stochastic_depth import gather_scaled, scatter_add_scaled_
 from dinov2_fast.ops.swiglu import swiglu, swiglu_backward_
@@ -84,6 +82,35 @@ def run_layer_norm(x: Tensor, backend: str) -> list[Tensor]:
     return [y, dx, *layer_norm_backward_(dx, x, y, rstd, weight, bias, backend=backend)]
 
 
+def run_optimizer(x: Tensor, backend: str) -> list[Tensor]:
+    """A clipped step of every row, with numbers that the device alone knows, and of some copies."""
+    gradients = x.float().unbind()
+    states = [[row.clone() for row in gradients] for _ in range(4)]
+    parameters, averages, squares, teachers = states
+    copies = [row.bfloat16() if i % 2 else None for i, row in enumerate(parameters)]
+    norm = gradient_norm(gradients, backend=backend)
+    lr, momentum = x[0, 0].abs() / 100, x[0, 1].sigmoid()
+    adamw_ema_step(
+        parameters,
+        gradients,
+        averages,
+        [square.square_() for square in squares],
+        teachers,
+        lr=lr,
+        weight_decay=lr * 4,
+        beta1=0.9,
+        beta2=0.99,
+        eps=1e-8,
+        step=lr.new_full((), 7),
+        momentum=momentum,
+        gradient_scale=clip_coefficient(norm, 3.0),
+        skip=norm.isnan(),
+        copies=copies,
+        backend=backend,
+    )
+    return [norm, *(x for state in states for x in state), *(x for x in copies if x is not None)]
+
+
 def run_sinkhorn(x: Tensor, backend: str) -> list[Tensor]:
     return list(sinkhorn(x, temperature=4.0, backend=backend))
 
@@ -107,6 +134,7 @@ CALLS: dict[str, Callable[[Tensor, str], list[Tensor]]] = {
     "gelu": run_gelu,
     "koleo": run_koleo,
     "layer_norm": run_layer_norm,
+    "optimizer": run_optimizer,
     "sinkhorn": run_sinkhorn,
     "stochastic_depth": run_stochastic_depth,
     "swiglu": run_swiglu,
