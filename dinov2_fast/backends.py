@@ -1,8 +1,8 @@
 """Which backend computes an op: the preference table, the overrides and the reasons it gives.
 
 Order of precedence: the `backend=` argument, `use_backend`, DINOV2_FAST_BACKEND, then `PREFERENCE`,
-in which DINOV2_FAST_PREFER moves one backend to the front. An explicit choice never falls back; the
-table falls back and says so once.
+which DINOV2_FAST_PREFER lets begin at one backend. An explicit choice never falls back; the table
+falls back and says so once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ BACKENDS = ("reference", "native", "triton", "flash_attn")
 
 # Op -> device type -> implemented backends, best first. Other device types take the reference.
 # Kernels behind the reference are compiled for a GPU and interpreted on the CPU, but not measured
-# on a GPU yet: DINOV2_FAST_PREFER=native (or triton) or an explicit backend takes them. Before all
-# of them comes what a call names `first` for its sizes: attention's does FlashAttention-3.
+# on a GPU yet: DINOV2_FAST_PREFER=native (or triton) or an explicit backend takes them, Triton's
+# also for what native has no kernel for. Before all of them comes what a call names `first` for its
+# sizes: attention's does FlashAttention-3.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {
         "cpu": ("native", "reference"),
@@ -135,6 +136,27 @@ def availability(op: str, device_type: str) -> dict[str, str]:
     return {name: _why_not(op, name, device_type) for name in BACKENDS}
 
 
+def order_of(op: str, device_type: str, first: str | None = None) -> tuple[str, ...]:
+    """Backends that automatic choice tries, best first.
+
+    Args:
+        op: stem of the op.
+        device_type: of the tensors.
+        first: what a call of its sizes tries before the table.
+    Returns:
+        The table from the backend on that DINOV2_FAST_PREFER names, then what stands before it:
+        who prefers native kernels gets Triton's where those are missing, and then the reference.
+    """
+    order = PREFERENCE[op].get(device_type, ("reference",))
+    preferred = environment.preferred_backend()
+    if preferred in order:
+        at = order.index(preferred)
+        order = order[at:] + order[:at]
+    if first in order:
+        order = tuple(sorted(order, key=lambda name: (name != preferred, name != first)))
+    return order
+
+
 def _chosen(
     op: str,
     device_type: str,
@@ -178,11 +200,7 @@ def _choose(
         return explicit
     if op in environment.disabled_kernels():
         return "reference"
-    order = PREFERENCE[op].get(device_type, ("reference",))
-    preferred = environment.preferred_backend()
-    if preferred is not None or first is not None:
-        order = sorted(order, key=lambda name: (name != preferred, name != first))
-    for name in order:
+    for name in order_of(op, device_type, first):
         reason = _why_not_this_call(op, name, device_type, dtype, refused)
         if not reason:
             return name

@@ -166,7 +166,7 @@ def _ops() -> list[dict[str, Any]]:
 def _first_choice(op: str, device: str) -> str:
     """The backend that automatic choice takes for an op's usual float types."""
     possible = backends.availability(op, device)
-    return next(b for b in backends.PREFERENCE[op][device] if not possible[b])
+    return next(b for b in backends.order_of(op, device) if not possible[b])
 
 
 def _self_test(devices: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ PREFER = Variable(
     "DINOV2_FAST_PREFER",
     "auto",
     ("auto", "reference", "native", "triton", "flash_attn"),
-    "backend that automatic choice tries first, for the ops that have it",
+    "backend at which automatic choice begins its order, for the ops that have it",
     "ops",
 )
 DISABLE_KERNELS = Variable(
@@ -102,7 +102,7 @@ def backend() -> str | None:
 
 
 def preferred_backend() -> str | None:
-    """Backend that automatic choice tries first; None leaves the order of the table."""
+    """Backend at which automatic choice begins; None leaves the order of the table."""
     text = value(PREFER)
     return None if text == "auto" else text
 

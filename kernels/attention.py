@@ -20,29 +20,63 @@ _VARYING = ["sequence_0", "num_blocks", "num_heads", "stride_lh", "stride_eh"]
 
 
 @triton.jit
-def _load_tile(ptr, stride, first, count, BLOCK: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
-    """Rows `first` to `first + BLOCK` of [count, D] as [BLOCK, WIDE]; zero beyond either end."""
+def _tile(
+    ptr,
+    stride,
+    first,
+    count,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Pointers [BLOCK, WIDE] to rows from `first` on of [count, D], and which of them to use.
+
+    VECTORS: every row of a head begins at a multiple of 16 bytes. Triton sees that of strides that
+    are multiples of 16 elements alone, and would move heads of 72 by single elements.
+    """
     rows = first + tl.arange(0, BLOCK)
     columns = tl.arange(0, WIDE)
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    pointers = ptr + (rows.to(tl.int64)[:, None] * stride + columns[None, :])
+    if VECTORS:
+        pointers = tl.multiple_of(pointers, (16, 16))
     mask = (rows < count)[:, None]
     if D != WIDE:
         mask = mask & (columns < D)[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0)
+    return pointers, mask
+
+
+@triton.jit
+def _load_tile(
+    ptr,
+    stride,
+    first,
+    count,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """Rows `first` to `first + BLOCK` of [count, D] as [BLOCK, WIDE]; zero beyond either end."""
+    pointers, mask = _tile(ptr, stride, first, count, BLOCK, D, WIDE, VECTORS)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_tile(
-    ptr, tile, stride, first, count, BLOCK: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr
+    ptr,
+    tile,
+    stride,
+    first,
+    count,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
     """Write [BLOCK, WIDE] to rows `first` to `first + BLOCK` of [count, D], rounded once."""
-    rows = first + tl.arange(0, BLOCK)
-    columns = tl.arange(0, WIDE)
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = (rows < count)[:, None]
-    if D != WIDE:
-        mask = mask & (columns < D)[None, :]
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
+    pointers, mask = _tile(ptr, stride, first, count, BLOCK, D, WIDE, VECTORS)
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -94,6 +128,7 @@ def forward_kernel(
     num_heads,
     D: tl.constexpr,  # head dimension
     WIDE: tl.constexpr,  # the power of two at or above it
+    VECTORS: tl.constexpr,  # whether rows begin at multiples of 16 bytes
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -107,13 +142,13 @@ def forward_kernel(
         q_ptr += q_begin * stride_qt + head * stride_qh
         k_ptr += k_begin * stride_kt + head * stride_kh
         v_ptr += k_begin * stride_vt + head * stride_vh
-        q = _load_tile(q_ptr, stride_qt, first, num_queries, BLOCK_Q, D, WIDE)
+        q = _load_tile(q_ptr, stride_qt, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
         highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, WIDE], tl.float32)
         zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for start in range(0, num_keys, BLOCK_K):
-            k = _load_tile(k_ptr, stride_kt, start, num_keys, BLOCK_K, D, WIDE)
+            k = _load_tile(k_ptr, stride_kt, start, num_keys, BLOCK_K, D, WIDE, VECTORS)
             scores = _dot(q, tl.trans(k), zeros, PRECISION) * scale_log2
             inside = start + tl.arange(0, BLOCK_K) < num_keys
             scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -121,14 +156,14 @@ def forward_kernel(
             p = tl.exp2(scores - higher[:, None])
             rescale = tl.exp2(highest - higher)
             total = total * rescale + tl.sum(p, 1)
-            v = _load_tile(v_ptr, stride_vt, start, num_keys, BLOCK_K, D, WIDE)
+            v = _load_tile(v_ptr, stride_vt, start, num_keys, BLOCK_K, D, WIDE, VECTORS)
             acc = acc * rescale[:, None]
             acc = _dot(p.to(v.dtype), v, acc, PRECISION)
             highest = higher
         # A query without keys has the output 0 and lse = -inf.
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_ptr += q_begin * stride_ot + head * stride_oh
-        _store_tile(out_ptr, out, stride_ot, first, num_queries, BLOCK_Q, D, WIDE)
+        _store_tile(out_ptr, out, stride_ot, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
         rows = first + tl.arange(0, BLOCK_Q)
         lse = (highest + tl.log2(total)) * LN_2
         tl.store(lse_ptr + head * stride_lh + q_begin + rows, lse, mask=rows < num_queries)
@@ -167,6 +202,7 @@ def backward_queries_kernel(
     num_heads,
     D: tl.constexpr,
     WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -183,19 +219,19 @@ def backward_queries_kernel(
         k_ptr += k_begin * stride_kt + head * stride_kh
         v_ptr += k_begin * stride_vt + head * stride_vh
         rows = first + tl.arange(0, BLOCK_Q)
-        d_out = _load_tile(d_out_ptr, stride_gt, first, num_queries, BLOCK_Q, D, WIDE)
-        out = _load_tile(out_ptr, stride_ot, first, num_queries, BLOCK_Q, D, WIDE)
+        d_out = _load_tile(d_out_ptr, stride_gt, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
+        out = _load_tile(out_ptr, stride_ot, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
         delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
         delta_ptr += head * stride_eh + q_begin
         tl.store(delta_ptr + rows, delta, mask=rows < num_queries)
         lse_ptr += head * stride_lh + q_begin
         lse = tl.load(lse_ptr + rows, mask=rows < num_queries, other=0.0) * LOG2_E
-        q = _load_tile(q_ptr, stride_qt, first, num_queries, BLOCK_Q, D, WIDE)
+        q = _load_tile(q_ptr, stride_qt, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
         d_q = tl.zeros([BLOCK_Q, WIDE], tl.float32)
         zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for start in range(0, num_keys, BLOCK_K):
-            k = _load_tile(k_ptr, stride_kt, start, num_keys, BLOCK_K, D, WIDE)
-            v = _load_tile(v_ptr, stride_vt, start, num_keys, BLOCK_K, D, WIDE)
+            k = _load_tile(k_ptr, stride_kt, start, num_keys, BLOCK_K, D, WIDE, VECTORS)
+            v = _load_tile(v_ptr, stride_vt, start, num_keys, BLOCK_K, D, WIDE, VECTORS)
             scores = _dot(q, tl.trans(k), zeros, PRECISION) * scale_log2
             d_p = _dot(d_out, tl.trans(v), zeros, PRECISION)
             # A masked key has the score 0, whose p may overflow: it must not meet the zeros of k.
@@ -204,7 +240,7 @@ def backward_queries_kernel(
             d_scores = (p * (d_p - delta[:, None])).to(k.dtype)
             d_q = _dot(d_scores, k, d_q, PRECISION)
         d_q_ptr += q_begin * stride_dt + head * stride_dh
-        _store_tile(d_q_ptr, d_q * scale, stride_dt, first, num_queries, BLOCK_Q, D, WIDE)
+        _store_tile(d_q_ptr, d_q * scale, stride_dt, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -240,6 +276,7 @@ def backward_keys_kernel(
     num_heads,
     D: tl.constexpr,
     WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -256,15 +293,15 @@ def backward_keys_kernel(
         v_ptr += k_begin * stride_vt + head * stride_vh
         lse_ptr += head * stride_lh + q_begin
         delta_ptr += head * stride_eh + q_begin
-        k = _load_tile(k_ptr, stride_kt, first, num_keys, BLOCK_K, D, WIDE)
-        v = _load_tile(v_ptr, stride_vt, first, num_keys, BLOCK_K, D, WIDE)
+        k = _load_tile(k_ptr, stride_kt, first, num_keys, BLOCK_K, D, WIDE, VECTORS)
+        v = _load_tile(v_ptr, stride_vt, first, num_keys, BLOCK_K, D, WIDE, VECTORS)
         d_k = tl.zeros([BLOCK_K, WIDE], tl.float32)
         d_v = tl.zeros([BLOCK_K, WIDE], tl.float32)
         zeros = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
         for start in range(0, num_queries, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
-            q = _load_tile(q_ptr, stride_qt, start, num_queries, BLOCK_Q, D, WIDE)
-            d_out = _load_tile(d_out_ptr, stride_gt, start, num_queries, BLOCK_Q, D, WIDE)
+            q = _load_tile(q_ptr, stride_qt, start, num_queries, BLOCK_Q, D, WIDE, VECTORS)
+            d_out = _load_tile(d_out_ptr, stride_gt, start, num_queries, BLOCK_Q, D, WIDE, VECTORS)
             lse = tl.load(lse_ptr + rows, mask=rows < num_queries, other=0.0) * LOG2_E
             delta = tl.load(delta_ptr + rows, mask=rows < num_queries, other=0.0)
             # Transposed: keys are rows. Masked queries have p = 1 and meet the zeros of d_out.
@@ -276,8 +313,8 @@ def backward_keys_kernel(
             d_k = _dot(d_scores, q, d_k, PRECISION)
         d_k_ptr += k_begin * stride_it + head * stride_ih
         d_v_ptr += k_begin * stride_jt + head * stride_jh
-        _store_tile(d_k_ptr, d_k * scale, stride_it, first, num_keys, BLOCK_K, D, WIDE)
-        _store_tile(d_v_ptr, d_v, stride_jt, first, num_keys, BLOCK_K, D, WIDE)
+        _store_tile(d_k_ptr, d_k * scale, stride_it, first, num_keys, BLOCK_K, D, WIDE, VECTORS)
+        _store_tile(d_v_ptr, d_v, stride_jt, first, num_keys, BLOCK_K, D, WIDE, VECTORS)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -312,6 +349,7 @@ def backward_short_kernel(
     num_heads,
     D: tl.constexpr,
     WIDE: tl.constexpr,
+    VECTORS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -324,10 +362,10 @@ def backward_short_kernel(
     q_ptr += q_begin * stride_qt + head * stride_qh
     k_ptr += k_begin * stride_kt + head * stride_kh
     v_ptr += k_begin * stride_vt + head * stride_vh
-    q = _load_tile(q_ptr, stride_qt, 0, num_queries, BLOCK_Q, D, WIDE)
-    k = _load_tile(k_ptr, stride_kt, 0, num_keys, BLOCK_K, D, WIDE)
-    d_out = _load_tile(d_out_ptr, stride_gt, 0, num_queries, BLOCK_Q, D, WIDE)
-    v = _load_tile(v_ptr, stride_vt, 0, num_keys, BLOCK_K, D, WIDE)
+    q = _load_tile(q_ptr, stride_qt, 0, num_queries, BLOCK_Q, D, WIDE, VECTORS)
+    k = _load_tile(k_ptr, stride_kt, 0, num_keys, BLOCK_K, D, WIDE, VECTORS)
+    d_out = _load_tile(d_out_ptr, stride_gt, 0, num_queries, BLOCK_Q, D, WIDE, VECTORS)
+    v = _load_tile(v_ptr, stride_vt, 0, num_keys, BLOCK_K, D, WIDE, VECTORS)
     zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     scores = _dot(q, tl.trans(k), zeros, PRECISION) * scale_log2
     inside = (tl.arange(0, BLOCK_K) < num_keys)[None, :]
@@ -340,12 +378,12 @@ def backward_short_kernel(
     rows = tl.zeros([BLOCK_Q, WIDE], tl.float32)
     d_q = _dot(d_scores, k, rows, PRECISION)
     d_q_ptr += q_begin * stride_dt + head * stride_dh
-    _store_tile(d_q_ptr, d_q * scale, stride_dt, 0, num_queries, BLOCK_Q, D, WIDE)
+    _store_tile(d_q_ptr, d_q * scale, stride_dt, 0, num_queries, BLOCK_Q, D, WIDE, VECTORS)
     rows = tl.zeros([BLOCK_K, WIDE], tl.float32)
     # Masked queries have even weights and meet the zeros of d_out.
     d_v = _dot(tl.trans(p.to(d_out.dtype)), d_out, rows, PRECISION)
     d_v_ptr += k_begin * stride_jt + head * stride_jh
-    _store_tile(d_v_ptr, d_v, stride_jt, 0, num_keys, BLOCK_K, D, WIDE)
+    _store_tile(d_v_ptr, d_v, stride_jt, 0, num_keys, BLOCK_K, D, WIDE, VECTORS)
     d_k = _dot(tl.trans(d_scores), q, rows, PRECISION)
     d_k_ptr += k_begin * stride_it + head * stride_ih
-    _store_tile(d_k_ptr, d_k * scale, stride_it, 0, num_keys, BLOCK_K, D, WIDE)
+    _store_tile(d_k_ptr, d_k * scale, stride_it, 0, num_keys, BLOCK_K, D, WIDE, VECTORS)

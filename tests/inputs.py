@@ -33,6 +33,8 @@ SCORE_SHAPES = [
     (1, 1),  # one row, one prototype
     (7, 31),  # primes
     (17, 257),  # one past a tile edge
+    (16, 8191),  # two of the longest steps along a row, less one
+    pytest.param((8, 65537), marks=pytest.mark.slow),  # prototypes of a head, and one
 ]
 
 # Smallest sizes on which gradcheck still sees several sequences and several channels.

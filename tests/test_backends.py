@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib.util
 import logging
+import sys
 
 import pytest
 import torch
 
-from dinov2_fast import backends, environment, native
+from dinov2_fast import backends, doctor, environment, native
 from dinov2_fast.backends import availability, choose_backend, use_backend
 from dinov2_fast.errors import BackendUnavailable, ConfigError
+from dinov2_fast.ops._attention_kernels import choose as choose_attention
+from dinov2_fast.packing import Pack
 
 OPS = sorted(backends.PREFERENCE)
 X = torch.zeros(2, 4)
@@ -153,6 +157,107 @@ def test_a_preferred_backend_is_tried_first_where_an_op_has_it(
     monkeypatch.setenv("DINOV2_FAST_PREFER", "triton")  # which the CPU has for no op
     assert choose_backend("swiglu", X, None) == "native"
     assert choose_backend("koleo", X, None) == "native"
+
+
+def empty_on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What choosing looks at of a tensor on a GPU; there is no memory behind it."""
+    device = torch.device("cuda", 0)
+    return torch.Tensor._make_wrapper_subclass(OnGpu, shape, dtype=dtype, device=device)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that nothing may compute on."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"choosing must not compute {func}")
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """A process that sees an A100, for choosing alone."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    backends._why_not.cache_clear()
+    backends._log_fallback.cache_clear()
+    yield
+    monkeypatch.undo()
+    backends._why_not.cache_clear()
+
+
+def test_preferred_native_kernels_that_are_missing_leave_it_to_triton(
+    with_a_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(native, "cuda_archs", lambda: ())  # no nvcc when it was installed
+    x = empty_on_gpu(2, 4)
+    assert {choose_backend(op, x, None) for op in OPS} == {"reference"}  # as the table says
+    monkeypatch.setenv("DINOV2_FAST_PREFER", "native")
+    with caplog.at_level(logging.INFO, logger="dinov2_fast"):
+        assert {choose_backend(op, x, None) for op in OPS} == {"triton"}
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(OPS)
+    assert all("'native' not used on cuda: the extension was built without" in s for s in said)
+    assert {doctor._first_choice(op, "cuda") for op in OPS} == {"triton"}
+    with pytest.raises(BackendUnavailable, match=r"built without CUDA.*; available: .*triton"):
+        choose_backend("swiglu", x, "native")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "chosen"),
+    [
+        (64, torch.bfloat16, "native"),
+        (80, torch.bfloat16, "triton"),  # ViT-H
+        (72, torch.float16, "triton"),  # so400m
+        (64, torch.float32, "triton"),
+        (144, torch.bfloat16, "reference"),  # past what Triton's keep in registers
+    ],
+)
+def test_attention_of_heads_that_native_lacks_is_tritons(
+    head_dim: int,
+    dtype: torch.dtype,
+    chosen: str,
+    with_extension: None,
+    with_a_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    if not native.cuda_archs():
+        pytest.skip("the extension was built without CUDA")
+    monkeypatch.setenv("DINOV2_FAST_PREFER", "native")
+    monkeypatch.setattr(backends.flash_attention, "why_not", lambda: "it is not installed")
+    q, pack = empty_on_gpu(5, 2, head_dim, dtype=dtype), Pack.from_lengths([5])
+    with caplog.at_level(logging.INFO, logger="dinov2_fast"):
+        assert choose_attention(None, pack, pack, scale=1.0, q=q, k=q, v=q) == chosen
+    assert bool(caplog.records) == (chosen != "native")  # never silently
+
+
+def test_an_order_begins_at_the_preferred_backend(monkeypatch: pytest.MonkeyPatch):
+    order = backends.PREFERENCE["attention"]["cuda"]
+    assert backends.order_of("attention", "cuda") == order
+    for at, name in enumerate(order):
+        monkeypatch.setenv("DINOV2_FAST_PREFER", name)
+        assert backends.order_of("attention", "cuda") == order[at:] + order[:at]
+        first = backends.order_of("attention", "cuda", "flash_attn")
+        assert list(dict.fromkeys([name, "flash_attn"])) == list(first[: len({name, "flash_attn"})])
+        assert set(first) == set(order)
+    assert backends.order_of("attention", "mps") == ("reference",)
+
+
+def test_without_the_triton_package_it_is_refused_by_name_and_passed_over(
+    with_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    monkeypatch.setattr(native, "cuda_archs", lambda: ())
+    x = empty_on_gpu(2, 4)
+    for op in OPS:
+        why = f"{op}: backend 'triton' .* the triton package is not installed; available: reference"
+        with pytest.raises(BackendUnavailable, match=why):
+            choose_backend(op, x, "triton")
+        for preferred in ("native", "triton"):
+            monkeypatch.setenv("DINOV2_FAST_PREFER", preferred)
+            assert choose_backend(op, x, None) == "reference"
 
 
 def test_misspelt_names_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops._attention_layout import Launch, launches_of
+from dinov2_fast.ops._attention_layout import strides as strides_of
 
 MAX_HEAD_DIM = 128
 _LOG2_E = 1.4426950408889634
@@ -133,7 +134,22 @@ def _launch(
     if num_programs == 0:
         return
     strides = [stride for tensor in strided for stride in (tensor.stride(0), tensor.stride(1))]
-    kernel[(num_programs,)](*pointers, *strides, *numbers, run.first, num_blocks, heads, **tile)
+    kernel[(num_programs,)](
+        *pointers,
+        *strides,
+        *numbers,
+        run.first,
+        num_blocks,
+        heads,
+        VECTORS=all(map(_in_vectors, strided)),
+        **tile,
+    )
+
+
+def _in_vectors(tensor: Tensor) -> bool:
+    """Whether every row of every head begins at a multiple of 16 bytes."""
+    places = (stride * tensor.element_size() for stride in strides_of(tensor))
+    return not any(place % 16 for place in (tensor.data_ptr(), *places))
 
 
 def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, Any]:
@@ -145,7 +161,7 @@ def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, A
     if interpreted:
         pass  # few large products are the fastest there
     elif q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
-        blocks, num_warps = ((16, 16), 4) if wide > 64 else ((32, 32), 8)
+        blocks, num_warps = ((16, 16) if wide > 64 else (32, 32)), 8  # fewer warps spill
     elif max_queries > 512 and not backward:
         blocks, num_warps = (128, 64), 8
     return {

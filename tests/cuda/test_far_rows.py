@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import environment
-from dinov2_fast.ops import _optimizer_cuda, _optimizer_triton
+from dinov2_fast.ops import _optimizer_cuda
 from dinov2_fast.ops._optimizer_table import Table, Write, table_of
 from tests.cuda import native_on_ptx
 from tests.cuda.moved_arguments import arguments_moved, same_bits
-from tests.cuda.triton_calls import CALLS, Make, gelu
-from tests.inputs import randn
+from tests.cuda.triton_memory import executed
 from tools.kernel_report.attention_cases import run_attention, run_in_order
 from tools.kernel_report.cases import Run, as_it_is
 from tools.kernel_report.loss_cases import (
@@ -38,7 +37,7 @@ from tools.kernel_report.row_cases import (
     run_stochastic_depth,
     run_swiglu,
 )
-from tools.simt.triton_launch import triton_on_cpu
+from tools.triton_report.calls import CALLS, Make, gelu
 
 ROW_STRIDES = range(2**30 + 64, 2**31, 64)  # elements: the third row is past 31 bits, the fifth 32
 ROWS = 5
@@ -136,29 +135,12 @@ def test_triton_kernels_find_rows_that_are_far_apart(
     pytest.importorskip("triton")
     if environment.triton_interpreted():
         pytest.skip("Triton interprets")
-    tables: dict[int, Sequence[Tensor]] = {}
-
-    def run(place: Callable[..., Tensor], table: Callable[..., Table]) -> list[Tensor]:
-        made: list[Tensor] = []
-
-        def make(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
-            # A few columns do: of 65536 prototypes the interpreter would take minutes.
-            shape = tuple(min(size, 2048) for size in shape)
-            numbers = randn(*shape, seed=len(made)).to(dtype)
-            made.append(place(numbers, ROW_STRIDES[len(made)]))
-            return made[-1]
-
-        def known(lists: Any, **options: Any) -> Table:
-            found = table(lists, **options)
-            tables[found.numbers.data_ptr()] = found.tensors
-            return found
-
-        monkeypatch.setattr(_optimizer_triton, "table_of", known)
-        launch(make)
-        return made
-
-    with triton_on_cpu(80, tables=tables) as results:
-        near = run(lambda numbers, _: numbers, table_of)
-        far = run(far_apart, long_table_of)
-    assert len(results) == 2 * CALLS[launch]
+    near, _ = executed(launch, lambda numbers, _: numbers, monkeypatch)
+    far, launched = executed(
+        launch,
+        lambda numbers, number: far_apart(numbers, ROW_STRIDES[number]),
+        monkeypatch,
+        table=long_table_of,
+    )
+    assert launched == CALLS[launch]
     assert all(map(same_bits, near, far))

@@ -2,87 +2,61 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dinov2_fast import environment
-from tests.cuda.triton_calls import CALLS, Make, attention, optimizer
+from tools.kernel_report.machine_code import of_cubin
+from tools.simt.triton_launch import Compiled
+from tools.triton_report.calls import CALLS, HEADS, Make, attention, attention_of, optimizer
 
-ALIGNED = [["tt.divisibility", 16]]
-NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
+pytest.importorskip("triton")
+if environment.triton_interpreted():
+    pytest.skip("Triton interprets", allow_module_level=True)
 
+from tools.triton_report.__main__ import compiled
 
-def compile_for(target: Any, function: Any, arguments: tuple[Any, ...], options: dict) -> Any:
-    """Compile for the arguments of a launch, as Triton would on the spot."""
-    compiler = importlib.import_module("triton.compiler")
-    num_warps = {"num_warps": options.pop("num_warps", 4)}
-    values = dict(zip(function.arg_names, arguments, strict=False)) | options
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(function.params):
-        value = values[parameter.name]
-        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{NAMES[value.dtype]}"
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = ALIGNED
-    source = compiler.ASTSource(function, signature, constants, attributes)
-    return compiler.compile(source, target=target, options=num_warps)
+# Of a multiprocessor. Shared memory is that of the smallest since sm_80, sm_86's of 100 KiB, of
+# which every block of threads loses one.
+REGISTERS, SHARED_BYTES = 65536, 99 * 1024
+SIXTEEN_BYTES = r"ld\.global(\.\w+)*\.v4\.b32|cp\.async\.cg\.shared\.global .*, 0x10"
+PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "launch",
-    [call for call in CALLS if call is not attention],  # whose tiles have a test alone
-)
-def test_kernels_compile_without_spills(
-    launch: Callable[[Make], None],
-    capability: int,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-):
-    triton = pytest.importorskip("triton")
-    if environment.triton_interpreted():
-        pytest.skip("Triton interprets")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    compiled: list[Any] = []
+def assert_fits(launch: Compiled, threads: int) -> None:
+    """Next to nothing in local memory, and room for so many threads on a multiprocessor."""
+    code, name = of_cubin(launch.cubin), f"{launch.kernel} of {launch.constants}"
+    assert code.spilled_bytes <= 16, name  # ptxas may keep a number or two across a division
+    assert code.stack_bytes <= 16, name
+    blocks = -(-threads // (32 * launch.num_warps))
+    assert code.registers * 32 * launch.num_warps * blocks <= REGISTERS, name
+    assert launch.shared_bytes * blocks <= SHARED_BYTES, name
 
-    def run(function: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append(compile_for(target, function, arguments, options))
 
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    launch(torch.empty)
-    assert len(compiled) == CALLS[launch]
-    for kernel in compiled:
-        sixteen_bytes = r"ld\.global(\.\w+)*\.v4\.b32|cp\.async\.cg\.shared\.global .*, 0x10"
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("call", [call for call in CALLS if call is not attention])
+def test_kernels_compile_without_spills(call: Callable[[Make], None], arch: int):
+    launches = compiled(call, arch)
+    assert len(launches) == CALLS[call]
+    for launch in launches:
         # The optimizer learns from memory where a tensor ends: its masks are of single elements.
-        assert (launch is optimizer) != bool(re.search(sixteen_bytes, kernel.asm["ptx"]))
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        said = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        assert "LOCAL:0" in said
-        assert int(re.findall(r"STACK:(\d+)", said)[-1]) <= 16
+        assert (call is optimizer) != bool(re.search(SIXTEEN_BYTES, launch.ptx)), launch.kernel
+        assert_fits(launch, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("head_dim", "dtype"), HEADS)
+def test_attention_compiles_without_spills(head_dim: int, dtype: torch.dtype, arch: int):
+    launches = compiled(attention_of(head_dim, dtype), arch)
+    tiles = {(launch.kernel, launch.constants["BLOCK_Q"]) for launch in launches}
+    assert len(tiles) == (4 if dtype == torch.float32 else 5)  # long forwards have a tile more
+    for launch in launches:
+        assert_fits(launch, 32 * launch.num_warps)
+        assert re.search(SIXTEEN_BYTES, launch.ptx), launch.kernel
+        # Float32 has no tensor cores that keep its precision.
+        assert (dtype != torch.float32) == (PRODUCTS[arch] in launch.ptx), launch.kernel
+        assert bool(re.search(r"\bmma|wgmma", launch.ptx)) == (dtype != torch.float32)

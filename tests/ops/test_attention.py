@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
 from dinov2_fast.ops.attention import (
     attention,
@@ -114,6 +115,32 @@ def test_gradients_match_reference(groups: Groups, dtype: torch.dtype, backend: 
             # One key has a weight of 1, whatever the query.
             cancelled=0.0 if name == "v" or candidates[2].any() else rounding,
         )
+
+
+# 32, 96 and 128 of other ViTs, 72 of so400m and 80 of ViT-H, which no power of two is, 40 between
+# two vectors of 32 bytes.
+@pytest.mark.parametrize("head_dim", [32, 40, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_head_dimension_matches_reference(
+    dtype: torch.dtype, head_dim: int, backend: str, device: str
+):
+    skip_unless_taken(dtype, backend, device)
+    if native.place_of(backend, device) == "cuda" and backend == "native":
+        pytest.skip("native attention takes heads of 64 there")
+    pack = Pack.from_groups(((2, 7), (1, 65)), device)  # inside a tile, and one past it
+    qkv = make_qkv(pack, head_dim=head_dim, dtype=dtype)
+    incoming = randn(*qkv[0].shape, dtype=dtype, device=device, seed=1)
+
+    def results(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        inputs = leaves(*qkv, dtype=dtype)
+        out = attention(*inputs, pack, backend=backend, deterministic=True)
+        return [out.detach(), *torch.autograd.grad(out, inputs, incoming.to(dtype))]
+
+    found, low = results(dtype, backend), results(dtype, "reference")
+    truth = results(torch.float64, "reference")
+    for name, *candidates in zip(("out", "dq", "dk", "dv"), found, low, truth, strict=True):
+        out, low_precision, exact = candidates
+        assert_within_error_budget(out, low_precision=low_precision, truth=exact, name=name)
 
 
 def test_gradcheck():

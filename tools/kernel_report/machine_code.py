@@ -1,9 +1,10 @@
-"""What ptxas makes of a PTX file: registers, spills, shared memory and the mix of instructions."""
+"""What ptxas makes of kernels: registers, spills, shared memory and the mix of instructions."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def machine_code(ptx: str, arch: int) -> dict[str, MachineCode]:
         arch: 80 or 90.
     """
     cubin, said = assemble(ptx, f"sm_{arch}")
-    mixes = dict(_mixes(_disassembled(cubin)))
+    mixes = dict(_mixes(_said_of(cubin, "-sass")))
     found: dict[str, MachineCode] = {}
     for entry, words in _of_entries(said):
         stack, stores, loads = (
@@ -59,6 +60,25 @@ def machine_code(ptx: str, arch: int) -> dict[str, MachineCode]:
             sass=mixes[entry],
         )
     return found
+
+
+def of_cubin(cubin: bytes) -> MachineCode:
+    """The only kernel of a cubin; what it spills is counted in its instructions.
+
+    Args:
+        cubin: as Triton keeps it; its shared memory is dynamic and not told here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        said = _said_of(path, "-res-usage", "-sass")
+    ((_, sass),) = _mixes(said)
+    registers, stack, shared = (
+        int(re.findall(rf"\b{name}:(\d+)", said)[0]) for name in ("REG", "STACK", "SHARED")
+    )
+    local = {opcode: n for opcode, n in sass.items() if opcode.startswith(("LDL.", "STL."))}
+    spilled = sum(int(opcode.split(".")[1]) // 8 * count for opcode, count in local.items())
+    return MachineCode(registers, spilled, stack, shared, sass)
 
 
 def short(opcode: str) -> str:
@@ -82,11 +102,11 @@ def _of_entries(said: str) -> Iterator[tuple[str, str]]:
     yield from zip(parts[1::2], parts[2::2], strict=True)
 
 
-def _disassembled(cubin: Path) -> str:
-    """The cubin's code, by the disassembler that comes with Triton."""
+def _said_of(cubin: Path, *options: str) -> str:
+    """What the disassembler that comes with Triton says of a cubin."""
     import triton
 
-    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(cubin)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

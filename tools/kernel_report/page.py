@@ -72,9 +72,9 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 kernel.removesuffix("_kernel"),
                 f"{sum(row['executed'] for row in same)} of {len(same)}",
-                *(_by_arch(same, key) for key in ("registers", "spills", "shared_bytes")),
+                *(by_arch(same, key) for key in ("registers", "spills", "shared_bytes")),
                 _arguments(name),
-                _mix(shown[0]["sass"]),
+                mix(shown[0]["sass"]),
                 shown[0].get("counted_shape", ""),
                 _bounds(shown),
                 *[_waiting(shown)] * some_wait,
@@ -136,24 +136,24 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in rows)
 
 
-def _template(row: dict[str, Any]) -> str:
-    return row["name"].split("<")[0]
+def by_arch(rows: Sequence[dict[str, Any]], key: str) -> str:
+    """The largest value of each architecture; once when they agree.
 
-
-def _arguments(name: str) -> str:
-    arguments = name.partition("<")[2].removesuffix(">")
-    return arguments.replace("__nv_bfloat16", "bf16").replace("__half", "half")
-
-
-def _by_arch(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """The largest value of each architecture; once when they agree."""
+    Args:
+        rows: of instances, each with its arch.
+        key: of the value.
+    """
     archs = sorted({row["arch"] for row in rows})
     largest = [max(row[key] for row in rows if row["arch"] == arch) for arch in archs]
     return " / ".join(str(value) for value in dict.fromkeys(largest))
 
 
-def _mix(sass: dict[str, int]) -> str:
-    """How many instructions, and those that say most."""
+def mix(sass: dict[str, int]) -> str:
+    """How many instructions, and those that say most.
+
+    Args:
+        sass: opcode -> how often it stands in the code.
+    """
     shown = [
         f"{opcode} {count}"
         for name in _SHOWN
@@ -161,6 +161,15 @@ def _mix(sass: dict[str, int]) -> str:
         if re.match(rf"{name}(G|S)?(\.|$)", opcode)
     ]
     return ", ".join([str(sum(sass.values())), *dict.fromkeys(shown)])
+
+
+def _template(row: dict[str, Any]) -> str:
+    return row["name"].split("<")[0]
+
+
+def _arguments(name: str) -> str:
+    arguments = name.partition("<")[2].removesuffix(">")
+    return arguments.replace("__nv_bfloat16", "bf16").replace("__half", "half")
 
 
 def _bounds(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,7 +8,8 @@ same numbers in another order all store their sum, and which of them wins is lef
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,40 @@ import numpy as np
 from tools.simt.faults import Checks
 from tools.simt.launch import Result, launch
 from tools.simt.memory import Device
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A launch as Triton would give it to a GPU."""
+
+    kernel: str
+    constants: dict[str, Any]
+    num_warps: int
+    shared_bytes: int
+    ptx: str
+    cubin: bytes
+
+
+@contextlib.contextmanager
+def triton_compiles(arch: int) -> Iterator[list[Compiled]]:
+    """Compile Triton's launches here and run none; their tensors may be of the meta device.
+
+    Args:
+        arch: 80 or 90.
+    Yields:
+        All launches so far, those of one variant too.
+    """
+    launches: list[Compiled] = []
+
+    def note(function: Any, compiled: Any, bound: Mapping[str, Any], _: Any, __: Any) -> None:
+        constants = {p.name: bound[p.name] for p in function.params if p.is_constexpr}
+        meta, code = compiled.metadata, compiled.asm
+        launches.append(
+            Compiled(meta.name, constants, meta.num_warps, meta.shared, code["ptx"], code["cubin"])
+        )
+
+    with _launches_taken(arch, note):
+        yield launches
 
 
 @contextlib.contextmanager
@@ -31,23 +66,16 @@ def triton_on_cpu(
     Yields:
         The results of all launches so far.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import JITFunction
-
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
     results: list[Result] = []
-    made: dict[str, Any] = {}
 
-    def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kwargs["debug"] = False
-        bound, signature, compiled = _compile(function, backend, target, made, args, kwargs)
-        sizes = grid(bound) if callable(grid) else grid
+    def execute(
+        function: Any, compiled: Any, bound: Mapping[str, Any], kinds: Mapping[str, str], grid: Any
+    ) -> None:
+        del function
         device = Device()
         values = [
             _argument(bound[name], device, name, tables or {})
-            for name, kind in signature.items()
+            for name, kind in kinds.items()
             if kind != "constexpr"
         ]
         meta = compiled.metadata
@@ -55,7 +83,7 @@ def triton_on_cpu(
             launch(
                 compiled.asm["ptx"],
                 meta.name,
-                sizes,
+                grid(bound) if callable(grid) else grid,
                 32 * meta.num_warps,
                 values,
                 meta.shared,
@@ -65,10 +93,36 @@ def triton_on_cpu(
         )
 
     launch_options = {"checks": Checks(same_store=False), **launch_options}
+    with _launches_taken(arch, execute):
+        yield results
+
+
+@contextlib.contextmanager
+def _launches_taken(arch: int, take: Callable[..., None]) -> Iterator[None]:
+    """Inside, launches of Triton are compiled and given to a function.
+
+    Args:
+        arch: 80 or 90.
+        take: (kernel, compiled kernel, arguments by name, their types by name, grid).
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    made: dict[str, Any] = {}
+
+    def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        del warmup
+        kwargs["debug"] = False
+        bound, signature, compiled = _compile(function, backend, target, made, args, kwargs)
+        take(function, compiled, bound, signature, grid)
+
     original = JITFunction.run
     JITFunction.run = run
     try:
-        yield results
+        yield
     finally:
         JITFunction.run = original
 

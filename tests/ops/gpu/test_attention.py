@@ -32,6 +32,7 @@ CASES = [
         ("ViT-L", CROPS, 16, 64, torch.bfloat16),
         ("ViT-g", CROPS, 24, 64, torch.bfloat16),
         ("518px", ((2, 1370),), 6, 64, torch.bfloat16),
+        ("8192 tokens", ((1, 8192),), 1, 64, torch.bfloat16),
         ("odd", ODD, 3, 64, torch.bfloat16),
         ("many", MANY, 3, 64, torch.bfloat16),
         ("none", (), 3, 64, torch.bfloat16),
@@ -39,6 +40,8 @@ CASES = [
         ("float32", CROPS, 6, 64, torch.float32),
         ("head 128", CROPS, 3, 128, torch.bfloat16),
         ("head 96", ODD, 3, 96, torch.bfloat16),
+        ("head 80", CROPS, 3, 80, torch.bfloat16),
+        ("head 72", ODD, 3, 72, torch.float16),
         ("head 32", CROPS, 3, 32, torch.bfloat16),
         ("head 13", ODD, 3, 13, torch.float16),
     ]
