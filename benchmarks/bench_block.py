@@ -63,7 +63,8 @@ def test_block(
     monkeypatch.setenv("DINOV2_FAST_BLOCK", block)
     monkeypatch.setenv("DINOV2_FAST_BACKEND", ops)
     torch.manual_seed(0)
-    layer = Block(width, width // HEAD_DIM, drop_ratio=drop_ratio).train()
+    options: dict[str, Any] = {"qkv_bias": True, "init_values": 1e-5, "drop_path": drop_ratio}
+    layer = Block(width, width // HEAD_DIM, **options).train()
     pack = Pack.from_groups(crop_groups(images))
     x = torch.randn(pack.num_tokens, width).requires_grad_()
     incoming = torch.randn(pack.num_tokens, width)

@@ -126,7 +126,7 @@ class ModelConfig:
     drop_ratio: RatioBelowOne = 0.3
     """Stochastic depth: share of samples each residual branch skips; the same in every block."""
     layer_scale: NotNegative = 1e-5
-    """Initial value of the LayerScale vectors."""
+    """Initial value of the LayerScale vectors; 0 leaves them out."""
     position_resize: Literal["preset", "official", "antialias"] = "preset"
     """Resizing of position embeddings; preset: official without, antialias with registers."""
     recompute: Literal["none", "mlp", "block"] = "none"

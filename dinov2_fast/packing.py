@@ -130,31 +130,32 @@ class Pack:
         return Pack(groups=self.groups, offsets=self.offsets.to(device))
 
 
-def pack_tokens(tensors: Sequence[Tensor]) -> tuple[Tensor, Pack]:
+def pack_tokens(tensors: Sequence[Tensor], *, name: str = "pack_tokens") -> tuple[Tensor, Pack]:
     """Concatenate batches of sequences into one tensor; each batch becomes one group of the pack.
 
     Args:
         tensors: batches [S_i, N_i, C] with the same C, dtype and device.
+        name: who asks, for error messages.
     Returns:
         The tokens [T, C] and their pack.
     Raises:
         ValueError: no batch, a wrong shape, or batches that differ in C, dtype or device.
     """
     if not tensors:
-        raise ValueError("pack_tokens: expected at least one batch [S, N, C], got none")
+        raise ValueError(f"{name}: expected at least one batch [S, N, C], got none")
     first = tensors[0]
     for tensor in tensors:
         if tensor.ndim != 3:
-            raise ValueError(f"pack_tokens: expected [S, N, C], got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected [S, N, C], got {tuple(tensor.shape)}")
         if tensor.shape[2] != first.shape[2]:
             raise ValueError(
-                f"pack_tokens: expected {first.shape[2]} channels in every batch, "
-                f"got {tensor.shape[2]}"
+                f"{name}: expected {first.shape[2]} channels in every batch, "
+                f"got {tensor.shape[2]}; call it for each width"
             )
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise ValueError(
-                f"pack_tokens: expected {first.dtype} on {first.device} in every batch, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"{name}: expected {first.dtype} on {first.device} in every batch, "
+                f"got {tensor.dtype} on {tensor.device}; convert with .to()"
             )
     pack = Pack.from_groups([(t.shape[0], t.shape[1]) for t in tensors], first.device)
     return torch.cat([t.flatten(0, 1) for t in tensors]), pack  # [T, C]

@@ -77,7 +77,7 @@ class FastBlock(nn.Module):
         num_tokens, least = batch_size * length, limits.limits_of(x)
         if (
             least.owned_pays(num_tokens, channels)
-            and (least.without_gradients or torch.is_grad_enabled())
+            and (least.without_gradients or torch.is_grad_enabled() or self._drops())
             and choose_backend("layer_norm", x, None) != "reference"
         ):
             return True
@@ -86,6 +86,10 @@ class FastBlock(nn.Module):
         mode = getattr(self, OPTIONS).drop_path
         dropped = dropped_ratio(type(self).drop_ratio(self), batch_size, mode)
         return least.skipping_pays(num_tokens, channels, dropped)
+
+    def _drops(self) -> bool:
+        """Whether a half drops samples: checkpointing may ask for them without gradients first."""
+        return self.training and type(self).drop_ratio(self) > 0
 
     def _run(
         self, halves: tuple[HalfBlock, ...], paths: Sequence[Path], x: Tensor, pack: Pack

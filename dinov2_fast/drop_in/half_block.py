@@ -137,7 +137,8 @@ class HalfBlock:
         if self.why_left():
             return "library"
         least, size = limits.limits_of(x), (x.shape[0] * x.shape[1], x.shape[2])
-        wanted = least.without_gradients or self.is_differentiated(x)
+        # Checkpointing may run a half first without gradients: it must draw the same samples.
+        wanted = least.without_gradients or self.drops() or self.is_differentiated(x)
         if least.owned_pays(*size) and wanted and not self.why_not_owned(x):
             return "owned"
         ratio = self.drop_ratio if self.drops() else 0.0

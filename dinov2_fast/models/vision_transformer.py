@@ -7,14 +7,16 @@ to the last, and attention never crosses a sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, cast, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_fast.models.position_embedding import RESIZE_MODES, resize_position_embedding
-from dinov2_fast.nn import Block, LayerNorm, LayerScale, PatchEmbed
+from dinov2_fast.nn import Block, LayerNorm, LayerScale, Mlp, PatchEmbed, SwiGLUFFNFused
 from dinov2_fast.packing import Pack, pack_tokens, unpack_tokens
+
+FFN_LAYERS: dict[str, type[nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLUFFNFused}
 
 
 class TokenFeatures(TypedDict):
@@ -47,7 +49,7 @@ class VisionTransformer(nn.Module):
         num_registers: register tokens, between CLS and the patches and without a position.
         drop_ratio: share of the samples each residual branch skips in training, the same in
             every block.
-        layer_scale: initial value of the LayerScale vectors.
+        layer_scale: initial value of the LayerScale vectors; 0 leaves them out.
         position_resize: see `resize_position_embedding`.
         recompute: what blocks compute anew in the backward pass instead of keeping it; module by
             module (hooks, adapters, torch.compile) it has no effect.
@@ -84,6 +86,11 @@ class VisionTransformer(nn.Module):
                 f"vision_transformer: expected position_resize to be one of "
                 f"{', '.join(RESIZE_MODES)}, got {position_resize!r}"
             )
+        if ffn not in FFN_LAYERS or not 0 <= drop_ratio < 1:
+            raise ValueError(
+                f"vision_transformer: expected ffn to be one of {', '.join(FFN_LAYERS)} and "
+                f"drop_ratio in [0, 1), got {ffn!r} and {drop_ratio}"
+            )
         self.image_px = image_px
         self.patch_size = patch_size
         self.embed_dim = self.num_features = embed_dim
@@ -93,9 +100,7 @@ class VisionTransformer(nn.Module):
         self.num_registers = num_registers
         self.drop_ratio = drop_ratio
         self.position_resize: Literal["official", "antialias"] = position_resize
-        self.patch_embed = PatchEmbed(
-            patch_size=patch_size, in_channels=in_channels, embed_dim=embed_dim
-        )
+        self.patch_embed = PatchEmbed(image_px, patch_size, in_channels, embed_dim)
         rows, columns = self.patch_embed.grid_of(image_px, image_px)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + rows * columns, embed_dim))
@@ -107,10 +112,12 @@ class VisionTransformer(nn.Module):
             Block(
                 embed_dim,
                 num_heads,
-                mlp_ratio=mlp_ratio,
-                ffn=ffn,
-                drop_ratio=drop_ratio,
-                layer_scale=layer_scale,
+                mlp_ratio,
+                qkv_bias=True,
+                init_values=layer_scale,
+                drop_path=drop_ratio,
+                norm_layer=LayerNorm,
+                ffn_layer=FFN_LAYERS[ffn],
                 recompute=recompute,
             )
             for _ in range(depth)
@@ -270,8 +277,7 @@ class VisionTransformer(nn.Module):
         tokens, pack = pack_tokens([self._tokens(x, None)])
         for block in self.blocks[:last]:
             tokens = block(tokens, pack)
-        block = cast(Block, self.blocks[last])
-        return block.attn.weights(block.norm1(tokens), pack)[0]
+        return self.blocks[last](tokens, pack, return_attention=True)[0]
 
     def _packed_features(
         self,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
+from dinov2_fast.nn.dropout import check_no_dropout
+from dinov2_fast.nn.input_forms import as_packed, run_as_one_pack
 from dinov2_fast.nn.linear import Linear
 from dinov2_fast.ops.attention import attention, attention_weights
 from dinov2_fast.packing import Pack
@@ -17,14 +22,23 @@ class Attention(nn.Module):
         num_heads: H; must divide C.
         qkv_bias: whether the packed projection has a bias.
         proj_bias: whether the output projection has one.
+        attn_drop: dropout of attention weights, 0.
+        proj_drop: dropout of the output, 0.
     Raises:
-        ValueError: C is not a multiple of H.
+        ValueError: C is not a multiple of H, or a dropout other than 0.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, qkv_bias: bool = True, proj_bias: bool = True
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_no_dropout("attention", attn_drop=attn_drop, proj_drop=proj_drop)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(
                 f"attention: expected dim to be a multiple of num_heads, got dim {dim} and "
@@ -35,18 +49,32 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, pack: Pack | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | Sequence[Tensor],
+        pack: Pack | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> Any:
         """Attend within each sequence.
 
         Args:
-            x: [T, C] tokens of a pack, or [B, N, C] without one.
-            pack: layout of x.
+            x: [B, N, C], [T, C] tokens of a pack, or a list of [B_i, N_i, C].
+            pack: layout of [T, C].
+            return_attention: give the attention probabilities instead.
         Returns:
-            The shape of x.
+            The shape of x, a list for a list; or `weights`, for [B, N, C] its only element.
         """
-        tokens, pack = as_packed(x, pack, name="attention")
+        if not isinstance(x, Tensor):
+            return run_as_one_pack(
+                self.forward, x, pack, name="attention", return_attention=return_attention
+            )
+        tokens, layout = as_packed(x, pack, name="attention")
+        if return_attention:
+            weights = self.weights(tokens, layout)
+            return weights[0] if pack is None else weights
         q, k, v = self._project(tokens)
-        out = attention(q, k, v, pack, scale=self.head_dim**-0.5)  # [T, H, D]
+        out = attention(q, k, v, layout, scale=self.head_dim**-0.5)  # [T, H, D]
         return self.proj(out.flatten(1)).view(x.shape)
 
     def weights(self, x: Tensor, pack: Pack) -> list[Tensor]:
@@ -67,60 +95,4 @@ class Attention(nn.Module):
         return q, k, v
 
 
-class MemEffAttention(Attention):
-    """`Attention` with the constructor arguments of DINOv2's class of this name.
-
-    Args:
-        dim: C, channels.
-        num_heads: H; must divide C.
-        qkv_bias: whether the packed projection has a bias.
-        proj_bias: whether the output projection has one.
-        attn_drop: dropout of attention weights, 0.
-        proj_drop: dropout of the output, 0.
-    Raises:
-        ValueError: see `Attention`; or a dropout other than 0, with which nobody trains DINOv2.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        for name, ratio in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
-            if ratio != 0:
-                raise ValueError(
-                    f"MemEffAttention: expected {name} 0, got {ratio}; "
-                    "use drop_path of NestedTensorBlock to regularise"
-                )
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
-
-
-def as_packed(x: Tensor, pack: Pack | None, *, name: str) -> tuple[Tensor, Pack]:
-    """Packed tokens from either form a layer takes.
-
-    Args:
-        x: [T, C] with a pack or [B, N, C] without.
-        pack: layout of x, or None.
-        name: layer for the error message.
-    Returns:
-        The tokens [T, C] and their pack.
-    Raises:
-        ValueError: neither form, or a pack of another number of tokens.
-    """
-    if pack is None and x.ndim == 3:
-        return x.flatten(0, 1), Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
-    if pack is None or x.ndim != 2:
-        raise ValueError(
-            f"{name}: expected x [T, C] with a pack or [B, N, C] without one, "
-            f"got {tuple(x.shape)} {'without' if pack is None else 'with'} a pack"
-        )
-    if pack.num_tokens != x.shape[0]:
-        raise ValueError(
-            f"{name}: expected x with the {pack.num_tokens} tokens of its pack, "
-            f"got {tuple(x.shape)}"
-        )
-    return x, pack
+MemEffAttention = Attention  # the name under which DINOv2's configurations ask for it

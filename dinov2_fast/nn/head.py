@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinov2_fast.nn.input_forms import run_token_by_token
 from dinov2_fast.nn.linear import Linear
 from dinov2_fast.ops._matmul import autocast_linear
+from dinov2_fast.packing import Pack
 
 
 class Prototypes(nn.Module):
@@ -53,29 +58,38 @@ class DINOHead(nn.Module):
 
     Args:
         in_dim: C, channels of the backbone.
-        num_prototypes: K.
+        out_dim: K, prototypes.
+        use_bn: batch normalisation between the layers, False.
+        nlayers: linear layers before the prototypes.
         hidden_dim: width of the hidden layers.
         bottleneck_dim: width of the normalised vector that meets the prototypes.
-        num_layers: linear layers before the prototypes.
+        mlp_bias: whether the linear layers have a bias.
     Raises:
-        ValueError: less than one layer.
+        ValueError: less than one layer, or batch normalisation.
     Source: "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv 2104.14294.
     """
 
     def __init__(
         self,
         in_dim: int,
-        num_prototypes: int,
-        *,
+        out_dim: int,
+        use_bn: bool = False,
+        nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-        num_layers: int = 3,
+        mlp_bias: bool = True,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"head: expected num_layers of at least 1, got {num_layers}")
-        self.mlp = _projection(in_dim, hidden_dim, bottleneck_dim, num_layers)
-        self.last_layer = Prototypes(bottleneck_dim, num_prototypes)
+        if nlayers < 1:
+            raise ValueError(f"head: expected nlayers of at least 1, got {nlayers}")
+        if use_bn:
+            raise ValueError(
+                "head: expected use_bn False, got True; DINOv2 trains without, and statistics of a "
+                "list of batches would mix them"
+            )
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        self.mlp = _projection(widths, bias=mlp_bias)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,34 +97,42 @@ class DINOHead(nn.Module):
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         self.last_layer.reset_parameters()
 
-    def forward(self, x: Tensor, *, scored: bool = True) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor | Sequence[Tensor], pack: Pack | None = None, *, scored: bool = True
+    ) -> Any:
         """Score tokens, or give what makes their scores.
 
         Args:
-            x: [R, C] normalised backbone outputs, CLS or patches.
+            x: [..., C] normalised backbone outputs, CLS or patches; [T, C] with a pack, or a list
+                of [..., C].
+            pack: layout of [T, C], which makes no difference.
             scored: False leaves the product of the two to a loss that never stores it whole.
         Returns:
-            [R, K] logits before any temperature; not scored, the unit vectors
-            [R, bottleneck_dim] and the prototypes [K, bottleneck_dim] whose products they are.
+            [..., K] logits before any temperature, a list for a list; not scored, the unit vectors
+            [..., bottleneck_dim], a list for a list, and the prototypes [K, bottleneck_dim] whose
+            products they are.
         """
+        if pack is not None or not isinstance(x, Tensor):
+            run = partial(run_token_by_token, x=x, pack=pack, name="head")
+            return run(self.forward) if scored else (run(self.bottleneck), self.last_layer.weight)
         x = self.bottleneck(x)
         return self.last_layer(x) if scored else (x, self.last_layer.weight)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """Unit vectors [R, bottleneck_dim] of tokens x [R, C]: what meets the prototypes."""
+        """Unit vectors [..., bottleneck_dim] of tokens x [..., C]: what meets the prototypes."""
         x = self.mlp(x)
         # 1e-12 is zero in float16, and a zero row would divide by it.
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         return F.normalize(x, dim=-1, eps=eps)
 
 
-def _projection(in_dim: int, hidden_dim: int, bottleneck_dim: int, num_layers: int) -> nn.Module:
+def _projection(widths: list[int], *, bias: bool) -> nn.Module:
     """Linear layers with GELU between; a bare Linear where one is all, as in official keys."""
-    widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        layers += [Linear(fan_in, fan_out), nn.GELU()]
-    return layers[0] if num_layers == 1 else nn.Sequential(*layers[:-1])
+        layers += [Linear(fan_in, fan_out, bias=bias), nn.GELU()]
+    return nn.Sequential(*layers[:-1]) if len(widths) > 2 else layers[0]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast.nn.input_forms import run_token_by_token
 from dinov2_fast.ops.layer_norm import layer_norm
+from dinov2_fast.packing import Pack
 
 
 class LayerNorm(nn.Module):
@@ -16,7 +22,7 @@ class LayerNorm(nn.Module):
         eps: added to the variance.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
@@ -28,15 +34,30 @@ class LayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, *, rows: Tensor | None = None) -> Tensor:
-        """Normalise x [..., C], or only `rows` [R] of x [T, C].
+    def forward(
+        self,
+        x: Tensor | Sequence[Tensor],
+        pack: Pack | None = None,
+        *,
+        rows: Tensor | None = None,
+    ) -> Any:
+        """Normalise tokens one by one, all of them or only `rows` of [T, C].
 
         Args:
-            x: [..., C]; [T, C] when rows are given.
-            rows: [R] int64, rows of x to take; None takes all.
+            x: [..., C], [T, C] with a pack, or a list of [..., C].
+            pack: layout of [T, C], which makes no difference.
+            rows: [R] int64, rows of [T, C] to take; None takes all.
         Returns:
-            The shape of x, or [R, C].
+            The shape of x, a list for a list; or [R, C].
         """
+        if pack is not None or not isinstance(x, Tensor):
+            if rows is not None and not isinstance(x, Tensor):
+                raise ValueError(
+                    "layer_norm: expected no rows beside a list of tensors, got "
+                    f"{tuple(rows.shape)}; pack the list, or pick rows of the outputs"
+                )
+            forward = partial(self.forward, rows=rows)
+            return run_token_by_token(forward, x, pack, name="layer_norm")
         return layer_norm(x, self.weight, self.bias, eps=self.eps, rows=rows)
 
     def extra_repr(self) -> str:

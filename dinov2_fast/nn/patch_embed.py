@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast.nn.input_forms import check_list, run_token_by_token
 from dinov2_fast.ops._matmul import autocast_linear
 
 
@@ -12,15 +16,37 @@ class PatchEmbed(nn.Module):
     """Cut images into square patches and map each to a vector.
 
     Args:
-        patch_size: side of a patch in pixels.
-        in_channels: channels of the image.
+        img_size: side of an image in pixels, or height and width: `num_patches` is of such a one.
+            Images of other sizes are embedded just as well.
+        patch_size: side of a patch in pixels, or the same twice.
+        in_chans: channels of the image.
         embed_dim: C, channels of a token.
+        norm_layer: makes a norm of embed_dim for the tokens; None leaves it out.
+        flatten_embedding: False gives [B, rows, columns, C].
+    Raises:
+        ValueError: patches that are not square.
     """
 
-    def __init__(self, *, patch_size: int = 14, in_channels: int = 3, embed_dim: int = 768) -> None:
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        flatten_embedding: bool = True,
+    ) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        height, width = (patch_size,) * 2 if isinstance(patch_size, int) else patch_size
+        if height != width:
+            raise ValueError(
+                f"patch_embed: expected patch_size to be the side of a square, got {patch_size}"
+            )
+        self.patch_size, self.flatten_embedding = height, flatten_embedding
+        sides = (img_size,) * 2 if isinstance(img_size, int) else img_size
+        self.num_patches = (sides[0] // height) * (sides[1] // height)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=height, stride=height)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches in an image.
@@ -42,29 +68,51 @@ class PatchEmbed(nn.Module):
             )
         return height // p, width // p
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed images x [B, in_channels, H, W].
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Any:
+        """Embed images.
 
         Args:
-            x: [B, in_channels, H, W], H and W multiples of the patch size.
+            x: [B, in_chans, H, W], H and W multiples of the patch size; or a list of such batches,
+                each of a size of its own, embedded by one product.
         Returns:
-            [B, N, C], patches in row-major order.
+            [B, N, C], patches in row-major order, a list for a list.
         Raises:
-            ValueError: not such a batch of images.
+            TypeError: neither a tensor nor a list of tensors.
+            ValueError: not such batches of images.
         """
+        if not isinstance(x, Tensor):
+            check_list(x, None, name="patch_embed")
+            grids = [self._grid_of_images(images) for images in x]
+            patches = [self._patches(*pair) for pair in zip(x, grids, strict=True)]
+            tokens = run_token_by_token(self._embed_patches, patches, None, name="patch_embed")
+            return [self._shaped(*pair) for pair in zip(tokens, grids, strict=True)]
+        grid = self._grid_of_images(x)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # PyTorch's convolution has no fast form for bfloat16.
+            return self._shaped(self._embed_patches(self._patches(x, grid)), grid)
+        tokens = self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, N, C]
+        return self._shaped(self.norm(tokens), grid)
+
+    def _grid_of_images(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches, if x is a batch of images."""
         if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f"patch_embed: expected images [B, {self.proj.in_channels}, H, W], "
                 f"got {tuple(x.shape)}"
             )
-        rows, columns = self.grid_of(x.shape[2], x.shape[3])
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return self._as_product(x, rows, columns)
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, N, C]
+        return self.grid_of(x.shape[2], x.shape[3])
 
-    def _as_product(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """The convolution as one matrix product: PyTorch's has no fast form for bfloat16."""
+    def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The pixels of each patch: [B, N, in_chans * P * P]."""
+        rows, columns = grid
         p = self.patch_size
-        patches = x.view(x.shape[0], x.shape[1], rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(x.shape[0], rows * columns, -1)  # [B, N, in_channels * P * P]
-        return autocast_linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        patches = x.reshape(x.shape[0], x.shape[1], rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(x.shape[0], rows * columns, x.shape[1] * p * p)
+
+    def _embed_patches(self, patches: Tensor) -> Tensor:
+        """The convolution as one product, and the norm: [..., in_chans * P * P] to [..., C]."""
+        return self.norm(autocast_linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+
+    def _shaped(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, N, C], or [B, rows, columns, C]."""
+        return tokens if self.flatten_embedding else tokens.unflatten(1, grid)

@@ -364,7 +364,7 @@ def _sub_networks(
                 head.num_prototypes,
                 hidden_dim=head.hidden_dim,
                 bottleneck_dim=head.bottleneck_dim,
-                num_layers=head.num_layers,
+                nlayers=head.num_layers,
             )
             for name, head in heads.items()
         },

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinov2_fast.nn import Attention
+from dinov2_fast.nn import Attention, MemEffAttention
 from dinov2_fast.packing import Pack, pack_tokens
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
@@ -67,8 +67,10 @@ def test_weights_reproduce_the_output():
 def test_keys():
     expected = ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
 
-    assert list(Attention(8, 2).state_dict()) == expected
-    assert list(Attention(8, 2, qkv_bias=False, proj_bias=False).state_dict()) == expected[::2]
+    assert list(Attention(8, 2, qkv_bias=True).state_dict()) == expected
+    assert list(Attention(8, 2, proj_bias=False).state_dict()) == expected[::2]
+    assert (Attention(32).num_heads, Attention(32).qkv.bias) == (8, None)  # as in DINOv2
+    assert MemEffAttention is Attention
 
 
 def test_rejects_bad_input():
@@ -78,6 +80,8 @@ def test_rejects_bad_input():
         Attention(8, 3)
     with pytest.raises(ValueError, match="got dim 8 and num_heads 0"):
         Attention(8, 0)
+    with pytest.raises(ValueError, match="attention: expected proj_drop 0"):
+        Attention(8, 2, proj_drop=0.1)
     with pytest.raises(ValueError, match=r"with a pack or \[B, N, C\] without one, got \(3, 8\)"):
         layer(torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"got \(1, 3, 8\) with a pack"):

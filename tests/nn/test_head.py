@@ -32,11 +32,11 @@ def test_keys_are_those_of_dinov2():
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "layers"),
+    ("nlayers", "layers"),
     [(1, ["mlp"]), (2, ["mlp.0", "mlp.2"]), (4, ["mlp.0", "mlp.2", "mlp.4", "mlp.6"])],
 )
-def test_number_of_layers(num_layers, layers):
-    head = small(num_layers=num_layers)
+def test_number_of_layers(nlayers, layers):
+    head = small(nlayers=nlayers)
     weights = [key for key in head.state_dict() if key.startswith("mlp") and "weight" in key]
 
     assert weights == [f"{layer}.weight" for layer in layers]
@@ -44,7 +44,7 @@ def test_number_of_layers(num_layers, layers):
 
 
 def test_known_value():
-    head = small(num_layers=1).double()
+    head = small(nlayers=1).double()
     torch.nn.init.eye_(head.mlp.weight)
     torch.nn.init.zeros_(head.mlp.bias)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_rows_of_the_weight_have_the_learnt_length():
 
 
 def test_a_zero_token_gives_zero_scores_not_nan():
-    head = small(num_layers=1)
+    head = small(nlayers=1)
     torch.nn.init.zeros_(head.mlp.bias)
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -114,7 +114,7 @@ def test_a_zero_token_gives_zero_scores_not_nan():
 
 
 def test_the_length_of_a_token_does_not_matter_however_short_it_is():
-    head = DINOHead(4, 6, bottleneck_dim=4, num_layers=1)
+    head = DINOHead(4, 6, bottleneck_dim=4, nlayers=1)
     x = randn(3, 4)
     torch.testing.assert_close(head(x * 1e-8), head(x))
 
@@ -130,5 +130,5 @@ def test_reset_draws_all_parameters_anew():
 
 
 def test_rejects_no_layers():
-    with pytest.raises(ValueError, match="head: expected num_layers of at least 1, got 0"):
-        small(num_layers=0)
+    with pytest.raises(ValueError, match="head: expected nlayers of at least 1, got 0"):
+        small(nlayers=0)

@@ -9,7 +9,7 @@ from tests.inputs import randn
 
 
 def test_scales_channels():
-    scale = LayerScale(2, init_value=0.5)
+    scale = LayerScale(2, 0.5)
     with torch.no_grad():
         scale.gamma[1] = 3
 

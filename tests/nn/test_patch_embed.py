@@ -10,7 +10,7 @@ from tests.inputs import randn
 
 
 def test_patches_come_in_row_major_order():
-    embed = PatchEmbed(patch_size=2, in_channels=1, embed_dim=1)
+    embed = PatchEmbed(patch_size=2, in_chans=1, embed_dim=1)
     torch.nn.init.constant_(embed.proj.weight, 0.25)
     torch.nn.init.zeros_(embed.proj.bias)
     image = torch.arange(6.0).view(1, 1, 2, 3)

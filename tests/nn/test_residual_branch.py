@@ -16,6 +16,7 @@ from dinov2_fast.nn import Block
 from dinov2_fast.nn.branch_plan import Recompute
 from dinov2_fast.packing import Pack
 from tests.inputs import randn
+from tests.nn.blocks import make_block
 from tests.tolerance import assert_within_error_budget
 
 FFNS = ["mlp", "swiglu"]
@@ -23,9 +24,8 @@ PACK = Pack.from_groups([(4, 5), (5, 3)])
 PLAIN = ("DINOV2_FAST_BLOCK", "plain")
 
 
-def block(dim: int = 32, num_heads: int = 2, **options) -> Block:
-    torch.manual_seed(0)
-    layer = Block(dim, num_heads, **{"layer_scale": 0.7, **options}).train()
+def block(dim: int = 32, num_heads: int = 2, *, ffn: str = "mlp", **options) -> Block:
+    layer = make_block(ffn, dim, num_heads, **options).train()
     for name, parameter in layer.named_parameters():
         if "norm" in name or name.endswith("bias"):  # neither all ones nor all zeros
             nn.init.normal_(parameter, mean=float("weight" in name), std=0.1)

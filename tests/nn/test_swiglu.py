@@ -25,7 +25,7 @@ def test_two_thirds_are_truncated_before_they_are_rounded_up():
 
 
 def test_keys_and_widths():
-    shapes = {key: tuple(v.shape) for key, v in SwiGLUFFN(64, 256).state_dict().items()}
+    shapes = {key: tuple(v.shape) for key, v in SwiGLUFFNFused(64, 256).state_dict().items()}
 
     assert shapes == {
         "w12.weight": (352, 64),
@@ -35,8 +35,10 @@ def test_keys_and_widths():
     }
 
 
-def test_both_names_of_dinov2_are_one_class():
-    assert SwiGLUFFNFused is SwiGLUFFN
+def test_only_the_fused_one_reduces_the_hidden_width():
+    assert SwiGLUFFN(64, 256).w12.out_features == 512
+    assert SwiGLUFFN(64).w3.in_features == 64
+    assert SwiGLUFFNFused(64).w3.in_features == 48
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (0, 24)])

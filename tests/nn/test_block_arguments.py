@@ -10,16 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast.nn import (
-    Block,
-    MemEffAttention,
-    Mlp,
-    NestedTensorBlock,
-    SwiGLUFFN,
-    SwiGLUFFNFused,
-)
+from dinov2_fast.nn import Block, Mlp, NestedTensorBlock, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.packing import pack_tokens
 from tests.inputs import randn
+from tests.nn.blocks import make_block
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 # As DINOv2's vision transformer makes its blocks.
@@ -33,7 +27,7 @@ def block(**options) -> NestedTensorBlock:
 
 @pytest.mark.parametrize(("ffn", "layer"), [("mlp", Mlp), ("swiglu", SwiGLUFFNFused)])
 def test_keys_and_outputs_are_those_of_block(ffn, layer):
-    nested, plain = block(ffn_layer=layer), Block(32, 2, ffn=ffn, layer_scale=0.7)
+    nested, plain = block(ffn_layer=layer), make_block(ffn)
     x = randn(2, 5, 32)
 
     plain.load_state_dict(nested.state_dict())
@@ -50,6 +44,7 @@ def test_arguments_mean_what_they_mean_in_dinov2():
     assert NestedTensorBlock(32, 2).norm1.eps == 1e-5  # torch's own default
     assert block(mlp_ratio=2).mlp.fc1.out_features == 64
     assert block(drop_path=0.3).drop_ratio == 0.3
+    assert NestedTensorBlock is Block
     assert bare(randn(2, 5, 32)).shape == (2, 5, 32)
 
 
@@ -127,18 +122,11 @@ def test_attention_probabilities_instead_of_the_output():
         {"attn_class": nn.MultiheadAttention},
         {"ffn_layer": nn.Linear},
         {"norm_layer": nn.BatchNorm1d},
+        {"norm_layer": partial(nn.LayerNorm, elementwise_affine=False)},
         {"drop_path": 1.0},
+        {"drop_path": -0.1},
     ],
 )
 def test_rejects_bad_input(options):
     with pytest.raises(ValueError, match="expected"):
         block(**options)
-
-
-def test_attention_by_dinov2s_arguments():
-    layer = MemEffAttention(32)
-
-    assert (layer.num_heads, layer.qkv.bias) == (8, None)
-    assert list(layer.state_dict()) == ["qkv.weight", "proj.weight", "proj.bias"]
-    with pytest.raises(ValueError, match="MemEffAttention: expected proj_drop 0"):
-        MemEffAttention(32, proj_drop=0.1)
