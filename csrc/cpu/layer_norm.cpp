@@ -108,7 +108,7 @@ template <typename X>
 template <typename X, typename Y> struct ForwardRows {
   [[gnu::always_inline]] static inline void run(const Forward& p, int64_t, int64_t begin,
                                                 int64_t end) {
-    const int64_t channels = p.channels;
+    const int64_t channels = p.channels, half = channels / 2;
     const auto width = static_cast<float>(channels);
     const auto input = [&](int64_t row) {
       return static_cast<const X*>(p.x) + selected(p.rows, std::min(row, end - 1)) * p.x_row_stride;
@@ -116,12 +116,18 @@ template <typename X, typename Y> struct ForwardRows {
     for (int64_t row = begin; row < end; row += 2) {
       const X* x = input(row);
       const X* z = input(row + 1);
-      prefetch_row(input(row + 2), channels);
+      // Rows needed next are asked for by halves: more lines at once than a processor has on their
+      // way hold up what it could compute meanwhile.
+      const X* next_x = input(row + 2);
+      const X* next_z = input(row + 3);
+      prefetch_row(next_x, half);
       const Pair sums = sums_of(x, z, channels);
       const Pair mean{sums.first / width, sums.second / width};
-      prefetch_row(input(row + 3), channels);
+      prefetch_row(next_x + half, channels - half);
       const Pair squares = sums_of_squares(x, z, mean, channels);
+      prefetch_row(next_z, half);
       finish(p, row, x, mean.first, squares.first / width);
+      prefetch_row(next_z + half, channels - half);
       finish(p, std::min(row + 1, end - 1), z, mean.second, squares.second / width);
     }
     finish_streams(p.stream);

@@ -1,8 +1,10 @@
 // Rows written past the caches, which spares reading each line before it is written.
 #pragma once
 
+#include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -103,6 +105,20 @@ template <typename T, typename Value>
 #pragma omp simd
   for (int64_t i = done; i < count; ++i)
     store(to[i], value(One(), i));
+}
+
+// The same in parts, between which those of a row that is needed soon are asked for: more lines at
+// once than a processor has on their way hold up what it could compute meanwhile.
+template <typename T, typename Next, typename Value>
+[[gnu::always_inline]] inline void put_row(T* to, int64_t count, bool stream, const Next* next,
+                                           const Value& value) {
+  constexpr int64_t kPart = 64;
+  for (int64_t from = 0; from < count; from += kPart) {
+    const int64_t part = std::min(count - from, kPart);
+    prefetch_row(next + from, part);
+    put_row(to + from, part, stream,
+            [&](auto at, int64_t i) __attribute__((always_inline)) { return value(at, from + i); });
+  }
 }
 
 // After the last row of a thread: what was written past the caches is there for every other one.
