@@ -118,8 +118,7 @@ template <typename X, typename Y> struct ForwardRows {
     for (int64_t row = begin; row < end; row += 2) {
       const X* x = input(row);
       const X* z = input(row + 1);
-      // Rows needed next are asked for by halves: more lines at once than a processor has on their
-      // way hold up what it could compute meanwhile.
+      // Asked for by halves, for the reason that `put_row` asks in parts.
       const X* next_x = input(row + 2);
       const X* next_z = input(row + 3);
       prefetch_row(next_x, half);
@@ -191,7 +190,7 @@ template <typename D, typename G, typename S> struct BackwardRows {
   }
 
   // The means of one row or two, whose terms of the sums over rows are added in their order. Of a
-  // single row, what finishing it needs again is kept, converted: a pair's would not fit the cache.
+  // single row, what finishing it needs again is kept; a pair would gain little by it.
   template <bool kTwo>
   [[gnu::always_inline]] static inline void
   reduce(const Backward& p, float* __restrict dweight, float* __restrict dbias, float* kept,
