@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 namespace py = pybind11;
 
@@ -44,6 +45,7 @@ struct Backward {
   const int64_t* dx_rows;
   void* dx;        // [T, C] or [R, C]
   float* partials; // [blocks, 2, C] sums for weight and bias
+  float* kept;     // [blocks, 2, C] dy and x_hat of the row in work, where rows go one by one
   int64_t channels;
   int64_t dy_row_stride;
   int64_t source_row_stride;
@@ -108,7 +110,7 @@ template <typename X>
 template <typename X, typename Y> struct ForwardRows {
   [[gnu::always_inline]] static inline void run(const Forward& p, int64_t, int64_t begin,
                                                 int64_t end) {
-    const int64_t channels = p.channels;
+    const int64_t channels = p.channels, half = channels / 2;
     const auto width = static_cast<float>(channels);
     const auto input = [&](int64_t row) {
       return static_cast<const X*>(p.x) + selected(p.rows, std::min(row, end - 1)) * p.x_row_stride;
@@ -116,12 +118,17 @@ template <typename X, typename Y> struct ForwardRows {
     for (int64_t row = begin; row < end; row += 2) {
       const X* x = input(row);
       const X* z = input(row + 1);
-      prefetch_row(input(row + 2), channels);
+      // Asked for by halves, for the reason that `put_row` asks in parts.
+      const X* next_x = input(row + 2);
+      const X* next_z = input(row + 3);
+      prefetch_row(next_x, half);
       const Pair sums = sums_of(x, z, channels);
       const Pair mean{sums.first / width, sums.second / width};
-      prefetch_row(input(row + 3), channels);
+      prefetch_row(next_x + half, channels - half);
       const Pair squares = sums_of_squares(x, z, mean, channels);
+      prefetch_row(next_z, half);
       finish(p, row, x, mean.first, squares.first / width);
+      prefetch_row(next_z + half, channels - half);
       finish(p, std::min(row + 1, end - 1), z, mean.second, squares.second / width);
     }
     finish_streams(p.stream);
@@ -154,6 +161,8 @@ template <typename D, typename G, typename S> struct BackwardRows {
     float g, along;
   };
 
+  static constexpr bool kConverts = !std::is_same_v<G, float>;
+
   // Whether two rows and the five vectors they share stay in a first-level cache beside what is
   // asked for ahead of them; wider rows go one by one.
   static constexpr bool pairs_fit(int64_t channels) {
@@ -180,11 +189,12 @@ template <typename D, typename G, typename S> struct BackwardRows {
     prefetch_row(next.dx, p.channels);
   }
 
-  // The means of one row or two, whose terms of the sums over rows are added in their order.
+  // The means of one row or two, whose terms of the sums over rows are added in their order. Of a
+  // single row, what finishing it needs again is kept; a pair would gain little by it.
   template <bool kTwo>
-  [[gnu::always_inline]] static inline void reduce(const Backward& p, float* __restrict dweight,
-                                                   float* __restrict dbias, const Row& a,
-                                                   const Row& b, Means& of_a, Means& of_b) {
+  [[gnu::always_inline]] static inline void
+  reduce(const Backward& p, float* __restrict dweight, float* __restrict dbias, float* kept,
+         const Row& a, const Row& b, Means& of_a, Means& of_b) {
     const int64_t channels = p.channels;
     const float* __restrict shift = p.shift;
     const float* __restrict inverse = p.inverse;
@@ -193,6 +203,8 @@ template <typename D, typename G, typename S> struct BackwardRows {
     const G* __restrict dy_b = b.dy;
     const S* __restrict source_a = a.source;
     const S* __restrict source_b = b.source;
+    float* __restrict kept_dy = kept;
+    float* __restrict kept_x_hat = kept + channels;
     const float mean_a = a.mean, mean_b = b.mean, scale_a = a.scale, scale_b = b.scale;
     float sum_a = 0.0f, along_a = 0.0f, sum_b = 0.0f, along_b = 0.0f;
 #pragma omp simd reduction(+ : sum_a, along_a, sum_b, along_b)
@@ -202,6 +214,11 @@ template <typename D, typename G, typename S> struct BackwardRows {
       float to_weight = dweight[i] + incoming * x_hat, to_bias = dbias[i] + incoming;
       sum_a += g;
       along_a += g * x_hat;
+      if constexpr (!kTwo) {
+        kept_x_hat[i] = x_hat;
+        if constexpr (kConverts)
+          kept_dy[i] = incoming;
+      }
       if constexpr (kTwo) {
         const float x_hat_b = (load(source_b[i]) - mean_b - shift[i]) * scale_b * inverse[i];
         const float incoming_b = load(dy_b[i]), g_b = incoming_b * weight[i];
@@ -218,11 +235,16 @@ template <typename D, typename G, typename S> struct BackwardRows {
     of_b = {sum_b / width, along_b / width};
   }
 
-  [[gnu::always_inline]] static inline void finish(const Backward& p, const Row& r, Means of_row) {
+  // dx of a row; kKept: of what `reduce` has kept of it.
+  template <bool kKept>
+  [[gnu::always_inline]] static inline void finish(const Backward& p, const float* kept,
+                                                   const Row& r, Means of_row) {
     const int64_t channels = p.channels;
     const float* __restrict shift = p.shift;
     const float* __restrict inverse = p.inverse;
     const float* __restrict weight = p.weight;
+    const float* __restrict kept_dy = kept;
+    const float* __restrict kept_x_hat = kept + channels;
     const G* __restrict dy = r.dy;
     const S* __restrict source = r.source;
     D* __restrict dx = r.dx;
@@ -233,14 +255,18 @@ template <typename D, typename G, typename S> struct BackwardRows {
     if (p.add) {
 #pragma omp simd
       for (int64_t i = 0; i < channels; ++i) {
-        const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
-        store(dx[i], load(dx[i]) + outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
+        const float x_hat =
+            kKept ? kept_x_hat[i] : (load(source[i]) - mean - shift[i]) * scale * inverse[i];
+        const float incoming = kKept && kConverts ? kept_dy[i] : load(dy[i]);
+        store(dx[i], load(dx[i]) + outer * (incoming * weight[i] - sum - x_hat * along));
       }
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < channels; ++i) {
-        const float x_hat = (load(source[i]) - mean - shift[i]) * scale * inverse[i];
-        store(dx[i], outer * (load(dy[i]) * weight[i] - sum - x_hat * along));
+        const float x_hat =
+            kKept ? kept_x_hat[i] : (load(source[i]) - mean - shift[i]) * scale * inverse[i];
+        const float incoming = kKept && kConverts ? kept_dy[i] : load(dy[i]);
+        store(dx[i], outer * (incoming * weight[i] - sum - x_hat * along));
       }
     }
   }
@@ -249,6 +275,7 @@ template <typename D, typename G, typename S> struct BackwardRows {
                                                 int64_t end) {
     float* dweight = p.partials + block * 2 * p.channels;
     float* dbias = dweight + p.channels;
+    float* kept = p.kept + block * 2 * p.channels;
     for (int64_t i = 0; i < 2 * p.channels; ++i)
       dweight[i] = 0.0f;
     int64_t row = begin;
@@ -256,10 +283,10 @@ template <typename D, typename G, typename S> struct BackwardRows {
       const Row a = row_of(p, row), b = row_of(p, row + 1);
       Means of_a, of_b;
       prefetch(p, row + 2, end);
-      reduce<true>(p, dweight, dbias, a, b, of_a, of_b);
+      reduce<true>(p, dweight, dbias, kept, a, b, of_a, of_b);
       prefetch(p, row + 3, end);
-      finish(p, a, of_a);
-      finish(p, b, of_b);
+      finish<false>(p, kept, a, of_a);
+      finish<false>(p, kept, b, of_b);
     }
     for (; row < end; ++row) {
       const Row a = row_of(p, row);
@@ -270,8 +297,8 @@ template <typename D, typename G, typename S> struct BackwardRows {
         prefetch_row(next.source, p.channels);
         prefetch_row(next.dy, p.channels);
       }
-      reduce<false>(p, dweight, dbias, a, a, of_a, unused);
-      finish(p, a, of_a);
+      reduce<false>(p, dweight, dbias, kept, a, a, of_a, unused);
+      finish<true>(p, kept, a, of_a);
     }
   }
 };
@@ -313,7 +340,8 @@ void layer_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t
   });
 }
 
-// Of the backward's scratch [2 + blocks, 2, C]: shift and inverse, the sums, those of each block.
+// Of the backward's scratch [2 + 2 blocks, 2, C]: shift and inverse, the sums, those of each block,
+// what each block keeps of a row.
 float* scratch_part(uintptr_t scratch, int64_t part, int64_t channels) {
   return reinterpret_cast<float*>(scratch) + part * 2 * channels;
 }
@@ -336,23 +364,25 @@ void layer_norm_backward(uintptr_t dy, uintptr_t source, uintptr_t bias, uintptr
                          const std::string& dy_dtype, const std::string& source_dtype,
                          const std::string& dx_dtype, int threads, const std::string& level_name,
                          const char* op) {
-  const Backward p{reinterpret_cast<const void*>(dy),
-                   reinterpret_cast<const void*>(source),
-                   scratch_part(scratch, 0, channels),
-                   scratch_part(scratch, 0, channels) + channels,
-                   reinterpret_cast<const float*>(mean),
-                   reinterpret_cast<const float*>(rstd),
-                   reinterpret_cast<const float*>(weight),
-                   reinterpret_cast<const int64_t*>(source_rows),
-                   reinterpret_cast<const int64_t*>(dx_rows),
-                   reinterpret_cast<void*>(dx),
-                   scratch_part(scratch, 2, channels),
-                   channels,
-                   dy_row_stride,
-                   source_row_stride,
-                   dx_row_stride,
-                   add};
+  Backward p{reinterpret_cast<const void*>(dy),
+             reinterpret_cast<const void*>(source),
+             scratch_part(scratch, 0, channels),
+             scratch_part(scratch, 0, channels) + channels,
+             reinterpret_cast<const float*>(mean),
+             reinterpret_cast<const float*>(rstd),
+             reinterpret_cast<const float*>(weight),
+             reinterpret_cast<const int64_t*>(source_rows),
+             reinterpret_cast<const int64_t*>(dx_rows),
+             reinterpret_cast<void*>(dx),
+             scratch_part(scratch, 2, channels),
+             nullptr,
+             channels,
+             dy_row_stride,
+             source_row_stride,
+             dx_row_stride,
+             add};
   require_numbers(op, channels, threads, block_rows);
+  p.kept = scratch_part(scratch, 2 + blocks_of(num_rows, block_rows), channels);
   require_rows(op, p.source_rows, num_rows, num_source_rows);
   require_rows(op, p.dx_rows, num_rows, num_dx_rows);
   require_matrix(op, "dy", p.dy, num_rows, channels, dy_row_stride, false);
@@ -398,16 +428,17 @@ void bind_layer_norm_cpu(py::module_& m) {
         py::arg("channels"), py::arg("x_row_stride"), py::arg("y_row_stride"), py::arg("eps"),
         py::arg("x_dtype"), py::arg("y_dtype"), py::arg("threads"), py::arg("level"),
         py::arg("op") = "layer_norm_forward_cpu", py::call_guard<py::gil_scoped_release>());
-  m.def("layer_norm_backward_cpu", &layer_norm_backward,
-        "dy [R, C], source (an output with bias [C], an input with mean [R], or normalised) -> dx, "
-        "overwritten or added to, dweight and dbias [C] float32, over scratch [2 + blocks, 2, C]; "
-        "pointers, sizes and row strides in elements.",
-        py::arg("dy"), py::arg("source"), py::arg("bias"), py::arg("mean"), py::arg("rstd"),
-        py::arg("weight"), py::arg("source_rows"), py::arg("dx_rows"), py::arg("dx"),
-        py::arg("scratch"), py::arg("dweight"), py::arg("dbias"), py::arg("num_source_rows"),
-        py::arg("num_dx_rows"), py::arg("num_rows"), py::arg("channels"), py::arg("block_rows"),
-        py::arg("dy_row_stride"), py::arg("source_row_stride"), py::arg("dx_row_stride"),
-        py::arg("add"), py::arg("dy_dtype"), py::arg("source_dtype"), py::arg("dx_dtype"),
-        py::arg("threads"), py::arg("level"), py::arg("op") = "layer_norm_backward_cpu",
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "layer_norm_backward_cpu", &layer_norm_backward,
+      "dy [R, C], source (an output with bias [C], an input with mean [R], or normalised) -> dx, "
+      "overwritten or added to, dweight and dbias [C] float32, over scratch [2 + 2 blocks, 2, C]; "
+      "pointers, sizes and row strides in elements.",
+      py::arg("dy"), py::arg("source"), py::arg("bias"), py::arg("mean"), py::arg("rstd"),
+      py::arg("weight"), py::arg("source_rows"), py::arg("dx_rows"), py::arg("dx"),
+      py::arg("scratch"), py::arg("dweight"), py::arg("dbias"), py::arg("num_source_rows"),
+      py::arg("num_dx_rows"), py::arg("num_rows"), py::arg("channels"), py::arg("block_rows"),
+      py::arg("dy_row_stride"), py::arg("source_row_stride"), py::arg("dx_row_stride"),
+      py::arg("add"), py::arg("dy_dtype"), py::arg("source_dtype"), py::arg("dx_dtype"),
+      py::arg("threads"), py::arg("level"), py::arg("op") = "layer_norm_backward_cpu",
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -78,23 +78,21 @@ template <typename D, typename G> struct BackwardRows {
           static_cast<const G*>(p.residual) + row * p.residual_row_stride;
       G* __restrict g = static_cast<G*>(p.g) + row * p.g_row_stride;
       const float scale = p.row_scale == nullptr ? 1.0f : p.row_scale[row];
-      if (row + 1 < end) {
-        prefetch_row(static_cast<const D*>(p.dx) + selected(p.rows, row + 1) * p.dx_row_stride,
-                     channels);
-        if (!p.stream)
-          prefetch_row(g + p.g_row_stride, channels);
-      }
+      const D* next = static_cast<const D*>(p.dx) +
+                      selected(p.rows, std::min(row + 1, end - 1)) * p.dx_row_stride;
+      if (!p.stream && row + 1 < end)
+        prefetch_row(g + p.g_row_stride, channels);
       if (sums == nullptr)
-        put_row(g, channels, p.stream,
+        put_row(g, channels, p.stream, next,
                 [=](auto at, int64_t i) { return at(dx, i) * scale * at(gamma, i); });
       else if (p.residual == nullptr)
-        put_row(g, channels, p.stream, [=](auto at, int64_t i) {
+        put_row(g, channels, p.stream, next, [=](auto at, int64_t i) {
           const auto scaled = at(dx, i) * scale;
           at.add(sums, i, scaled);
           return scaled * at(gamma, i);
         });
       else
-        put_row(g, channels, p.stream, [=](auto at, int64_t i) {
+        put_row(g, channels, p.stream, next, [=](auto at, int64_t i) {
           const auto scaled = at(dx, i) * scale;
           at.add(sums, i, scaled * at(residual, i));
           return scaled * at(gamma, i);

@@ -124,8 +124,8 @@ def _backward(
         scratch = wide.new_empty((num_partials, 2, channels))
         own = {"partials": scratch, "num_partials": num_partials}
     else:
-        # What x_hat is made with, the sums, and those over each block of rows.
-        scratch = wide.new_empty((2 + -(-num_rows // BLOCK_ROWS), 2, channels))
+        # What x_hat is made with, the sums, those over each block of rows, and a row of each block.
+        scratch = wide.new_empty((2 + 2 * -(-num_rows // BLOCK_ROWS), 2, channels))
         outputs = torch.empty_like(wide), torch.empty_like(wide)
         own = {
             "scratch": scratch,

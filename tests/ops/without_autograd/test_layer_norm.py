@@ -172,9 +172,12 @@ def test_many_rows_come_out_as_few_do(channels: int, dtype: torch.dtype, on_nati
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native: None):
-    inputs = make_inputs(1031, 384, torch.float32, "cpu")  # 12 threads' worth, a prime of rows
-    dy = randn(1031, 384, seed=3)
+@pytest.mark.parametrize("channels", [384, 1030])  # the backward's rows in pairs, one by one
+def test_result_does_not_depend_on_the_number_of_threads(
+    channels: int, threads: int, on_native: None
+):
+    inputs = make_inputs(1031, channels, torch.float32, "cpu")  # 12 threads' worth and more; prime
+    dy = randn(1031, channels, seed=3)
     options = {"save_normalised": False, "backend": "native"}
     expected = raw_outputs(inputs, None, dy, torch.float32, **options)
     try:

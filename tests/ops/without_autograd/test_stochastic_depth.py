@@ -112,6 +112,20 @@ def test_many_gathered_rows_come_out_as_few_do(
     assert torch.equal(many, torch.cat(few))
 
 
+@pytest.mark.parametrize("num_rows", [1024, 100])  # written past the caches from 1 MiB on, or not
+def test_floats_around_every_bfloat16_round_by_definition(num_rows: int, level: str):
+    lower = torch.tensor([0, 1, 0x4000, 0x7FFF, 0x8000, 0x8001, 0xC000, 0xFFFF])
+    bits = (torch.arange(1 << 16)[:, None] << 16 | lower).flatten()
+    # Shuffled, so that vectors hold NaNs beside other numbers.
+    bits = bits[torch.randperm(bits.numel(), generator=torch.Generator().manual_seed(0))]
+    bits = bits.view(1024, 512)[:num_rows]
+    x = bits.to(torch.uint32).view(torch.float32)
+    out, _ = gather_scaled(x, None, None, out_dtype=torch.bfloat16, backend="native")
+    rounded = bits + 0x7FFF + (bits >> 16 & 1) >> 16
+    expected = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+    assert torch.equal(out.view(torch.int16).long() & 0xFFFF, expected)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_result_does_not_depend_on_the_number_of_threads(threads: int, on_native: None):
     x, residual = randn(1031, 384), randn(1031, 384, seed=1)  # 12 threads' worth
