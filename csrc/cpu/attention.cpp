@@ -1,11 +1,13 @@
 // Attention on the CPU, forward and backward, over packed sequences.
 //
 // A task is one head of one sequence. Its keys and values are unpacked to float once, then blocks
-// of queries pass over them; scores live in the thread's scratch only. Tasks share nothing, so
-// results do not depend on the number of threads. Where the processor multiplies bf16 matrices,
-// bf16 tensors go by the tasks of attention_bf16.hpp instead.
+// of queries pass over them; scores live in the thread's scratch only. Sequences of a few tokens go
+// by dot products (attention_few.hpp). Tasks share nothing, so results do not depend on the number
+// of threads. Where the processor multiplies bf16 matrices, bf16 tensors go by the tasks of
+// attention_bf16.hpp instead.
 #include "check.hpp"
 #include "cpu/attention_bf16.hpp"
+#include "cpu/attention_few.hpp"
 #include "cpu/attention_task.hpp"
 #include "cpu/bf16_products.hpp"
 #include "cpu/float_products.hpp"
@@ -44,27 +46,6 @@ Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
           round_up(rows, kRowStep)};
 }
 
-// Rows [count, D] times a factor as floats, zeros up to [rows, width].
-template <typename T>
-[[gnu::always_inline]] inline void unpack(const Heads& from, int64_t head, int64_t first,
-                                          int64_t count, int64_t head_dim, float factor,
-                                          int64_t rows, int64_t width, float* to) {
-  for (int64_t row = 0; row < rows; ++row) {
-    float* __restrict out = to + row * width;
-    if (row >= count) {
-      for (int64_t i = 0; i < width; ++i)
-        out[i] = 0.0f;
-      continue;
-    }
-    const T* __restrict in = row_of<T>(from, head, first + row);
-#pragma omp simd
-    for (int64_t i = 0; i < head_dim; ++i)
-      out[i] = load(in[i]) * factor;
-    for (int64_t i = head_dim; i < width; ++i)
-      out[i] = 0.0f;
-  }
-}
-
 template <typename T> [[gnu::always_inline]] inline Four load_four(const T* from) {
   return Four{load(from[0]), load(from[1]), load(from[2]), load(from[3])};
 }
@@ -96,31 +77,18 @@ template <typename T>
   }
 }
 
-// Asks for rows `i` of the next task, while this one computes: heads lie apart, and a processor
-// guesses no row from those before it.
-template <typename T>
-[[gnu::always_inline]] inline void prefetch_next(const Problem& p, const TaskRange& next, int64_t i,
-                                                 bool backward) {
-  if (i < next.num_queries) {
-    prefetch_row(row_of<const T>(p.q, next.head, next.first_query + i), p.head_dim);
-    if (backward)
-      prefetch_row(row_of<const T>(p.out, next.head, next.first_query + i), p.head_dim);
-  }
-  if (i < next.num_keys) {
-    prefetch_row(row_of<const T>(p.k, next.head, next.first_key + i), p.head_dim);
-    prefetch_row(row_of<const T>(p.v, next.head, next.first_key + i), p.head_dim);
-  }
-}
-
 template <typename T, typename Isa> struct ForwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t next_task) {
-    const auto [head, first_query, num_queries, first_key, num_keys] = range_of(p, task);
-    const TaskRange next = range_of(p, next_task);
+    const TaskRange range = range_of(p, task), next = range_of(p, next_task);
+    float* scratch = p.scratch + thread * p.floats_per_thread;
+    if (has_few_tokens(range))
+      return forward_few<T, Isa::kLanes>(p, range, next, scratch);
+    const auto [head, first_query, num_queries, first_key, num_keys] = range;
     const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
-    float* keys = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
-    float* values = keys + s.width * s.key_columns;         // [key_rows, width]
-    float* queries = values + s.key_rows * s.width;         // [block_rows, width]
+    float* keys = scratch;                          // [D, key_columns]
+    float* values = keys + s.width * s.key_columns; // [key_rows, width]
+    float* queries = values + s.key_rows * s.width; // [block_rows, width]
     float* outputs = queries + s.block_rows * s.width;
     float* scores = outputs + s.block_rows * s.width; // [block_rows, key_columns]
     unpack_across<T>(p.k, head, first_key, s.keys, p.head_dim, s.key_columns, keys);
@@ -155,10 +123,13 @@ template <typename T, typename Isa> struct ForwardTask {
 template <typename T, typename Isa> struct BackwardTask {
   [[gnu::always_inline]] static inline void run(const Problem& p, int64_t task, int64_t thread,
                                                 int64_t next_task) {
-    const auto [head, first_query, num_queries, first_key, num_keys] = range_of(p, task);
-    const TaskRange next = range_of(p, next_task);
+    const TaskRange range = range_of(p, task), next = range_of(p, next_task);
+    float* scratch = p.scratch + thread * p.floats_per_thread;
+    if (has_few_tokens(range))
+      return backward_few<T, Isa::kLanes>(p, range, next, scratch);
+    const auto [head, first_query, num_queries, first_key, num_keys] = range;
     const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
-    float* keys_across = p.scratch + thread * p.floats_per_thread; // [D, key_columns]
+    float* keys_across = scratch; // [D, key_columns]
     float* values_across = keys_across + s.width * s.key_columns;
     float* keys = values_across + s.width * s.key_columns; // [key_rows, width]
     float* d_keys = keys + s.key_rows * s.width;

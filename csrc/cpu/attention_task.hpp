@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/bf16_products.hpp"
+#include "cpu/rows.hpp"
 #include "cpu/scalar_math.hpp"
 
 #include <cstdint>
@@ -47,6 +48,43 @@ inline TaskRange range_of(const Problem& p, int64_t task) {
           p.key_offsets[sequence + 1] - first_key};
 }
 
+// Asks for rows `i` of the next task, while this one computes: heads lie apart, and a processor
+// guesses no row from those before it.
+template <typename T>
+[[gnu::always_inline]] inline void prefetch_next(const Problem& p, const TaskRange& next, int64_t i,
+                                                 bool backward) {
+  if (i < next.num_queries) {
+    prefetch_row(row_of<const T>(p.q, next.head, next.first_query + i), p.head_dim);
+    if (backward)
+      prefetch_row(row_of<const T>(p.out, next.head, next.first_query + i), p.head_dim);
+  }
+  if (i < next.num_keys) {
+    prefetch_row(row_of<const T>(p.k, next.head, next.first_key + i), p.head_dim);
+    prefetch_row(row_of<const T>(p.v, next.head, next.first_key + i), p.head_dim);
+  }
+}
+
+// Rows [count, D] times a factor as floats, zeros up to [rows, width].
+template <typename T>
+[[gnu::always_inline]] inline void unpack(const Heads& from, int64_t head, int64_t first,
+                                          int64_t count, int64_t head_dim, float factor,
+                                          int64_t rows, int64_t width, float* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    float* __restrict out = to + row * width;
+    if (row >= count) {
+      for (int64_t i = 0; i < width; ++i)
+        out[i] = 0.0f;
+      continue;
+    }
+    const T* __restrict in = row_of<T>(from, head, first + row);
+#pragma omp simd
+    for (int64_t i = 0; i < head_dim; ++i)
+      out[i] = load(in[i]) * factor;
+    for (int64_t i = head_dim; i < width; ++i)
+      out[i] = 0.0f;
+  }
+}
+
 // Rows [count, width] of floats times a factor to a head's [count, D].
 template <typename T>
 [[gnu::always_inline]] inline void pack(const float* from, int64_t width, const Heads& to,
@@ -61,10 +99,12 @@ template <typename T>
   }
 }
 
-// Columns beyond the keys: their weights become 0, whatever lse is.
+// Of a column beyond the keys: its weight becomes 0, whatever lse is.
+constexpr float kNoScore = -std::numeric_limits<float>::infinity();
+
 [[gnu::always_inline]] inline void leave_out(float* scores, int64_t keys, int64_t columns) {
   for (int64_t j = keys; j < columns; ++j)
-    scores[j] = -std::numeric_limits<float>::infinity();
+    scores[j] = kNoScore;
 }
 
 // Scores of one query to exp(score - largest), in place. Returns the sum.
@@ -72,7 +112,7 @@ template <int kLanes>
 [[gnu::always_inline]] inline float exponentials(float* scores, int64_t columns, float& largest) {
   float best[kLanes], sums[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    best[lane] = -std::numeric_limits<float>::infinity();
+    best[lane] = kNoScore;
     sums[lane] = 0.0f;
   }
   for (int64_t j = 0; j < columns; j += kLanes) {

@@ -13,6 +13,8 @@ from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn, score_rounding
 from tests.tolerance import assert_within_error_budget
 
 SCALE = 0.25
+# Lengths that native kernels on the CPU compute by dot products, and the first that they do not.
+FEW_TOKENS = ((1, 1), (2, 2), (1, 3), (2, 4), (1, 5))
 HEAD_DIMS = [64, 16, 72, 128, 3]  # the tuned one, the smallest, a vector and a half, two, odd
 
 
@@ -50,7 +52,7 @@ def by_autograd(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, pack: Pack) -> l
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("groups", [*GROUPS, FEW_TOKENS], ids=str)
 def test_equals_the_differentiable_reference(backend, groups, dtype, head_dim):
     pack = Pack.from_groups(groups)
     q, k, v = make_qkv(pack, head_dim=head_dim, dtype=dtype)
@@ -83,7 +85,7 @@ def test_the_reference_is_the_differentiable_one_in_float64():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_some_queries_give_the_rows_of_all(backend, dtype):
-    pack = Pack.from_groups([(2, 257), (3, 50), (1, 0), (2, 1)])
+    pack = Pack.from_groups([(2, 257), (3, 50), (1, 0), (2, 1), (5, 4)])
     chosen = torch.cat([torch.arange(0, 300, 7), torch.arange(514, pack.num_tokens, 3)])
     lengths = [
         int(((chosen >= a) & (chosen < b)).sum())
@@ -118,7 +120,8 @@ def test_long_sequences_in_blocks_of_queries(backend):
 
 
 def test_every_instruction_set_is_as_good(level):
-    test_equals_the_differentiable_reference("native", ((2, 65), (3, 17)), torch.float32, 64)
+    for groups in (((2, 65), (3, 17)), FEW_TOKENS):
+        test_equals_the_differentiable_reference("native", groups, torch.float32, 64)
 
 
 def test_threads_change_no_bit(on_native: None):
