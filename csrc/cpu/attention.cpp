@@ -28,16 +28,24 @@ namespace py = pybind11;
 namespace dinov2_fast {
 namespace {
 
+// How many scores a block of queries has at most, and how many rows at least. Backward each block
+// makes scores and their gradients, and adds to the gradients of all keys: few scores leave a
+// second cache of 512 KiB to those, and fewer rows would read and write them too often.
+struct Blocks {
+  int64_t scores, least_rows;
+};
+constexpr Blocks kForwardBlocks{kScoresPerBlock, 1}, kBackwardBlocks{24 * 1024, 24};
+
 struct Sizes {
   int64_t queries, keys, width;              // of one task; width is D in whole vectors
   int64_t key_columns, key_rows, block_rows; // padded
 };
 
-Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes) {
+Sizes sizes_of(int64_t queries, int64_t keys, int64_t head_dim, int lanes, const Blocks& blocks) {
   const int64_t columns = round_up(keys, lanes);
-  const int64_t rows =
-      std::min(std::max<int64_t>(kScoresPerBlock / std::max<int64_t>(columns, 1), 1),
-               std::max<int64_t>(queries, 1));
+  const int64_t fitting =
+      std::max(blocks.scores / std::max<int64_t>(columns, 1), blocks.least_rows);
+  const int64_t rows = std::min(fitting, std::max<int64_t>(queries, 1));
   return {queries,
           keys,
           round_up(head_dim, lanes),
@@ -85,7 +93,7 @@ template <typename T, typename Isa> struct ForwardTask {
     if (has_few_tokens(range))
       return forward_few<T, Isa::kLanes>(p, range, next, scratch);
     const auto [head, first_query, num_queries, first_key, num_keys] = range;
-    const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
+    const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes, kForwardBlocks);
     float* keys = scratch;                          // [D, key_columns]
     float* values = keys + s.width * s.key_columns; // [key_rows, width]
     float* queries = values + s.key_rows * s.width; // [block_rows, width]
@@ -128,7 +136,7 @@ template <typename T, typename Isa> struct BackwardTask {
     if (has_few_tokens(range))
       return backward_few<T, Isa::kLanes>(p, range, next, scratch);
     const auto [head, first_query, num_queries, first_key, num_keys] = range;
-    const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes);
+    const Sizes s = sizes_of(num_queries, num_keys, p.head_dim, Isa::kLanes, kBackwardBlocks);
     float* keys_across = scratch; // [D, key_columns]
     float* values_across = keys_across + s.width * s.key_columns;
     float* keys = values_across + s.width * s.key_columns; // [key_rows, width]
@@ -266,12 +274,15 @@ Heads heads_of(const py::kwargs& a, const char* name) {
 constexpr int kMostLanes = Avx512::kLanes;
 
 // Enough for every sequence of at most these lengths: a shorter one has larger blocks of queries,
-// but never more than kScoresPerBlock scores and a tile.
+// but never more than the scores of a block and a tile, or of its least rows.
 int64_t float_scratch_floats(int64_t max_queries, int64_t max_keys, int64_t head_dim,
                              bool backward) {
-  const Sizes s = sizes_of(max_queries, max_keys, head_dim, kMostLanes);
+  const Blocks& blocks = backward ? kBackwardBlocks : kForwardBlocks;
+  const Sizes s = sizes_of(max_queries, max_keys, head_dim, kMostLanes, blocks);
   const int64_t rows = round_up(std::max<int64_t>(max_queries, 1), kRowStep);
-  const int64_t scores = std::min(rows * s.key_columns, kScoresPerBlock + kRowStep * s.key_columns);
+  const int64_t most = std::max(blocks.scores + kRowStep * s.key_columns,
+                                round_up(blocks.least_rows, kRowStep) * s.key_columns);
+  const int64_t scores = std::min(rows * s.key_columns, most);
   const int64_t across = s.width * s.key_columns, along = s.key_rows * s.width;
   const int64_t floats = backward ? 2 * across + 3 * along + 3 * rows * s.width + 2 * scores
                                   : across + along + 2 * rows * s.width + scores;

@@ -85,9 +85,7 @@ def test_a_run_leaves_everything_it_promises(finished, config):
     ]
 
 
-def test_a_run_without_the_extension_says_once_that_it_is_slow(
-    tmp_path, config, capsys, monkeypatch
-):
+def test_a_run_without_the_extension_says_that_it_is_slow(tmp_path, config, capsys, monkeypatch):
     why = "the extension is not built; run `pip install .` in the project's folder"
     monkeypatch.setattr(native, "_load", lambda: (None, why))
     monkeypatch.setattr(backends, "_why_not", backends._why_not.__wrapped__)  # remembers no other
