@@ -18,12 +18,27 @@ class LayerNorm(nn.Module):
     """`torch.nn.LayerNorm` over the last dimension that can read a subset of rows.
 
     Args:
-        dim: C, channels.
-        eps: added to the variance.
+        normalized_shape: C, channels; or a list or tuple of it alone.
+        eps: added to the variance; DINOv2's, while that of `torch.nn.LayerNorm` is 1e-5.
+        elementwise_affine: weight and bias, True.
+    Raises:
+        ValueError: several dimensions, or no weight and bias.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+    ) -> None:
         super().__init__()
+        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        if len(shape) != 1 or not elementwise_affine:
+            raise ValueError(
+                "layer_norm: expected normalized_shape of one dimension and elementwise_affine "
+                f"True, got {normalized_shape} and {elementwise_affine}; use torch.nn.LayerNorm"
+            )
+        (dim,) = shape
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(dim))

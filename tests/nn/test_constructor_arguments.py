@@ -12,6 +12,7 @@ from dinov2_fast.nn import (
     Block,
     DINOHead,
     DropPath,
+    LayerNorm,
     LayerScale,
     Mlp,
     PatchEmbed,
@@ -39,6 +40,7 @@ ARGUMENTS = {
     SwiGLUFFNFused: SWIGLU,
     LayerScale: {"dim": EMPTY, "init_values": 1e-5, "inplace": False},
     DropPath: {"drop_prob": None},
+    LayerNorm: {"normalized_shape": EMPTY, "eps": 1e-6, "elementwise_affine": True},
     PatchEmbed: {
         **{"img_size": 224, "patch_size": 16, "in_chans": 3, "embed_dim": 768},
         **{"norm_layer": None, "flatten_embedding": True},
@@ -75,6 +77,8 @@ def test_no_bias_has_no_key():
         (lambda: SwiGLUFFNFused(8, drop=0.1), "swiglu: expected drop 0"),
         (lambda: Attention(8, attn_drop=0.1), "attention: expected attn_drop 0"),
         (lambda: DINOHead(8, 4, use_bn=True), "head: expected use_bn False"),
+        (lambda: LayerNorm((4, 8)), "layer_norm: expected normalized_shape of one dimension"),
+        (lambda: LayerNorm(8, elementwise_affine=False), "use torch.nn.LayerNorm"),
         (lambda: PatchEmbed(patch_size=(14, 16)), "patch_embed: expected patch_size to be"),
     ],
 )

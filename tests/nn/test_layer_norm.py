@@ -35,7 +35,7 @@ def test_keys_and_start_values():
 
 
 def test_rows_are_those_of_the_whole():
-    norm, x = LayerNorm(16), randn(11, 16)
+    norm, x = LayerNorm([16]), randn(11, 16)
     rows = randperm(11)[:4]
 
     assert torch.equal(norm(x, rows=rows), norm(x)[rows])
