@@ -25,6 +25,7 @@ class FastBlock(nn.Module):
     """The faster `forward`, in front of a library's block class; a subclass knows its modules."""
 
     takes_lists = False  # whether a list of batches may stand for the tokens
+    neutral: frozenset[str] = frozenset()  # options that change nothing a block computes
     original: type[nn.Module]  # the library's class, set by `fast_class`
 
     def forward(self, x: Any, *args: Any, **options: Any) -> Any:
@@ -34,7 +35,7 @@ class FastBlock(nn.Module):
             x: [B, N, C] tokens.
             *args: the library's other arguments (masks, flags): what is neither None nor False
                 makes the block run as its library wrote it.
-            **options: the same by name.
+            **options: the same by name; `neutral` ones aside.
         Returns:
             What the library's block returns.
         """
@@ -42,9 +43,8 @@ class FastBlock(nn.Module):
         # compiler looks on nobody asks for sizes, on which it would put guards.
         if torch.compiler.is_compiling() or (isinstance(x, Tensor) and not self._may_pay(x)):
             return super().forward(x, *args, **options)
-        if runs_plainly() or any(
-            value is not None and value is not False for value in (*args, *options.values())
-        ):
+        asked = (*args, *(value for name, value in options.items() if name not in self.neutral))
+        if runs_plainly() or any(value is not None and value is not False for value in asked):
             return super().forward(x, *args, **options)
         if isinstance(x, Tensor):
             halves, chosen = type(self).halves(self), getattr(self, OPTIONS)

@@ -64,6 +64,10 @@ _PLAIN_ATTENTION = {"sdpa", "eager"}
 class FastHuggingFaceLayer(FastBlock):
     """A layer of transformers' Dinov2 models."""
 
+    # Every layer is told them: the first is for hooks on whole layers, the second, which `Trainer`
+    # gives, for the loss.
+    neutral = frozenset({"output_hidden_states", "num_items_in_batch"})
+
     @staticmethod
     def halves(block: nn.Module) -> tuple[HalfBlock, HalfBlock]:
         """See `FastBlock.halves`."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import accelerate, restore
 from dinov2_fast.drop_in import limits
+from dinov2_fast.drop_in.fast_block import FastBlock
 from tests.drop_in.their_models import (
     DROP_RATIO,
     ONE_OF_EACH,
@@ -135,11 +136,39 @@ def test_feature_wrappers_of_timm():
     assert restore(models[1]) == 3
 
 
+@pytest.fixture
+def halves_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The paths of the halves of every block that does not run as its library wrote it."""
+    runs: list[Any] = []
+    run_halves = FastBlock._run
+
+    def noted(self: Any, halves: Any, paths: Any, *tokens: Any) -> Tensor:
+        runs.append(tuple(paths))
+        return run_halves(self, halves, paths, *tokens)
+
+    monkeypatch.setattr(FastBlock, "_run", noted)
+    return runs
+
+
 @pytest.mark.parametrize("kind", ["hf dinov2", "hf registers"])
-def test_hidden_states_of_transformers_with_drop_path(kind):
+def test_hidden_states_of_transformers_with_drop_path(kind, halves_run):
     models, x = original_and_fast(make(kind, DROP_RATIO)), images(kind)
 
     assert_same_training(models, lambda model: model(x, output_hidden_states=True).hidden_states)
+
+    # transformers' own recorders stay in the attention modules.
+    assert halves_run == [("library", "owned")] * 2
+
+
+def test_what_the_trainer_tells_every_layer_changes_no_path(halves_run):
+    model, x = make("hf dinov2", DROP_RATIO), images("hf dinov2")
+    accelerate(model)
+
+    model(x)
+    told = len(halves_run)
+    model(x, num_items_in_batch=torch.tensor(len(x)))
+
+    assert told == len(halves_run) - told == 2
 
 
 def test_attentions_of_transformers_leave_the_attention_halves_to_it_for_good():
@@ -248,7 +277,7 @@ def test_reentrant_checkpointing_draws_the_same_samples_again(kind, drop_path, m
 
 
 @pytest.mark.slow
-def test_the_trainer_of_transformers(tmp_path, monkeypatch):
+def test_the_trainer_of_transformers(tmp_path, monkeypatch, halves_run):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     own_memory_at_any_size(monkeypatch)
@@ -280,6 +309,7 @@ def test_the_trainer_of_transformers(tmp_path, monkeypatch):
         histories.append(torch.tensor([row["loss"] for row in history if "loss" in row]))
 
     assert len(histories[0]) == 8
+    assert set(halves_run) == {("owned", "owned")}
     torch.testing.assert_close(histories[1], histories[0], rtol=1e-3, atol=1e-4)
     loaded = transformers.AutoModelForImageClassification.from_pretrained(folders[1])
     assert type(loaded).__module__.startswith("transformers.")
