@@ -6,19 +6,16 @@ Arguments are rank, wrapper, kind and a folder. Drop path is above 0, every bloc
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dinov2_fast import accelerate
-from dinov2_fast.drop_in import half_block, limits
-from tests.drop_in.their_models import ANY_SIZE, DROP_RATIO, blocks_of, images, make, run
+from tests.drop_in.ranks import shard, start, whole
+from tests.drop_in.their_models import DROP_RATIO, images, make, run
 
 NUM_STEPS = 3
 
@@ -31,14 +28,7 @@ def wrap(model: Any, wrapper: str) -> nn.Module:
         model.gradient_checkpointing_enable()
     if wrapper == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=True)  # HF's mask token
-    for block in blocks_of(model):
-        fully_shard(block)
-    return fully_shard(model)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is not spread over processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return shard(model)
 
 
 def losses_and_gradients(model: nn.Module, x: Tensor, rank: int) -> list[Tensor]:
@@ -57,13 +47,7 @@ def losses_and_gradients(model: nn.Module, x: Tensor, rank: int) -> list[Tensor]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    rank, (wrapper, kind, folder) = int(sys.argv[1]), sys.argv[2:]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    limits.limits_of = lambda _: ANY_SIZE  # as if the batch were large
-    owned = []
-    original = half_block.HalfBlock._run_owned
-    half_block.HalfBlock._run_owned = lambda self, *args: owned.append(1) or original(self, *args)
+    rank, wrapper, kind, _, owned = start()
     x = images(kind, batch=8)[4 * rank : 4 * rank + 4]
     plain = make(kind, DROP_RATIO)
     fast = copy.deepcopy(plain)

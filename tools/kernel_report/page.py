@@ -21,7 +21,8 @@ instructions are counted where they stand in the code, loops once; LDL and STL a
 are the least that one SM needs for the launch on the shape shown, on an A100 (sm_80) and an H100
 (sm_90), and the pipe that takes longest; `tools/kernel_report/pipes.py` has the model. *Waiting* is
 what one CTA, alone on its SM, waits for copies beside what it computes: of the largest launch that
-is one CTA, by the model of `tools/kernel_report/waiting.py`.
+is one CTA, by the model of `tools/kernel_report/waiting.py`. With one problem, all its copies are
+waited for; where a CTA takes several, see [cuda-attention.md](cuda-attention.md).
 """
 
 _ATTENTION = """
