@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable
+
 COLUMNS = 4096  # prototypes of a step
 
 
@@ -183,7 +185,7 @@ def forward(
     """Writes loss, temperature * log-sum-exp and the sum of the targets of each row, [S]."""
     if student.shape[0] == 0:
         return
-    _forward_kernel[(student.shape[0],)](
+    launchable(_forward_kernel, student)[(student.shape[0],)](
         student,
         teacher,
         log_u,
@@ -221,7 +223,8 @@ def backward(
     if student.numel() == 0:
         return
     columns = _columns(student)
-    _backward_kernel[(student.shape[0], triton.cdiv(student.shape[1], columns))](
+    grid = (student.shape[0], triton.cdiv(student.shape[1], columns))
+    launchable(_backward_kernel, student)[grid](
         grad_loss,
         normalizer,
         target_sum,
@@ -245,7 +248,7 @@ def backward(
 
 def _columns(student: Tensor) -> int:
     """Prototypes of a step; not many more than there are."""
-    return min(COLUMNS, triton.next_power_of_2(max(student.shape[1], 1)))
+    return min(COLUMNS, triton.next_power_of_2(max(int(student.shape[1]), 1)))
 
 
 def _split(number: float) -> tuple[float, float]:

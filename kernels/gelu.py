@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable
+
 ROWS = 16
 COLUMNS = 128  # divides every hidden width of DINOv2
 # Programs of a backward with sums, over all blocks of columns. It never depends on the GPU, so
@@ -93,7 +95,7 @@ def forward(x: Tensor, a: Tensor) -> None:
         return
     num_rows, width = x.shape
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(width, COLUMNS))
-    _forward_kernel[grid](
+    launchable(_forward_kernel, x)[grid](
         x,
         a,
         num_rows,
@@ -118,7 +120,7 @@ def backward(
     if want_sums:
         row_blocks = min(row_blocks, triton.cdiv(NUM_PROGRAMS, column_blocks))
         partials = x.new_empty((row_blocks, width), dtype=torch.float32)
-    _backward_kernel[(row_blocks, column_blocks)](
+    launchable(_backward_kernel, x)[(row_blocks, column_blocks)](
         da,
         x,
         dx,

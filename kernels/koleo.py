@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable
+
 QUERIES, KEYS, DEPTH = 32, 32, 32  # a tile of products, and the channels of a step
 COLUMNS = 1024  # a step along a row
 SCAN = 128  # rows that are looked through at once for those that pull at one
@@ -45,7 +47,7 @@ def _normalise_kernel(
 @triton.jit
 def _nearest_kernel(
     normalised_ptr,  # [B, C]
-    products_ptr,  # [B, splits], the largest with a key of the part; -inf without any
+    products_ptr,  # [B, splits], adjacent; the largest with a key of the part; -inf without any
     keys_ptr,  # [B, splits] int64, the lowest key that has it
     num_rows,  # B
     channels,  # C
@@ -180,16 +182,17 @@ def forward(
     eps: float,
 ) -> None:
     """Writes losses [B], unit rows [B, C], lengths [B], nearest rows [B] and pulls [B]."""
-    num_rows, channels = x.shape
+    num_rows, channels = x.shape[0], int(x.shape[1])
     columns = min(COLUMNS, triton.next_power_of_2(channels))
-    _normalise_kernel[(num_rows,)](
+    launchable(_normalise_kernel, x)[(num_rows,)](
         x, normalised, norms, channels, x.stride(0), eps, COLUMNS=columns, num_warps=4
     )
     keys_of_split = KEYS * triton.cdiv(num_rows, KEYS * NUM_SPLITS)
     num_splits = triton.cdiv(num_rows, keys_of_split)
-    products = x.new_empty(num_rows, num_splits)
-    keys = nearest.new_empty(num_rows, num_splits)
-    _nearest_kernel[(triton.cdiv(num_rows, QUERIES), num_splits)](
+    # Room for the most parts: a graph of sizes that change would ask whether there is but one.
+    products = x.new_empty(num_rows, NUM_SPLITS)
+    keys = nearest.new_empty(num_rows, NUM_SPLITS)
+    launchable(_nearest_kernel, x)[(triton.cdiv(num_rows, QUERIES), num_splits)](
         normalised,
         products,
         keys,
@@ -201,7 +204,7 @@ def forward(
         DEPTH=DEPTH,
         num_warps=4,
     )
-    _distance_kernel[(num_rows,)](
+    launchable(_distance_kernel, x)[(num_rows,)](
         normalised,
         products,
         keys,
@@ -227,9 +230,9 @@ def backward(
     eps: float,
 ) -> None:
     """Writes dx [B, C], of at most GATHERED channels."""
-    num_rows, channels = dx.shape
+    num_rows, channels = dx.shape[0], int(dx.shape[1])
     columns = triton.next_power_of_2(channels)
-    _backward_kernel[(num_rows,)](
+    launchable(_backward_kernel, dx)[(num_rows,)](
         gradients,
         normalised,
         norms,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable, programs_of
+
 # Programs of the backward, and partial sums of weight and bias gradients. It never depends on the
 # GPU, so that neither does the order of any sum; it fills the 132 multiprocessors of an H100.
 NUM_PROGRAMS = 512
@@ -143,11 +145,11 @@ def forward(
     rstd: Tensor,
 ) -> None:
     """Writes y [R, C], rstd [R] and, unless None, mean [R] of the rows of x [T, C]."""
-    num_rows, channels = y.shape
+    num_rows, channels = y.shape[0], int(y.shape[1])
     if num_rows == 0:
         return
     tile, num_warps = _tile(channels)
-    _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
+    launchable(_forward_kernel, x)[(triton.cdiv(num_rows, tile["ROWS"]),)](
         x,
         weight,
         bias,
@@ -185,13 +187,13 @@ def backward(
 
     `source` is the output if there is a bias, the input if there is a mean, else normalised rows.
     """
-    num_rows, channels = dy.shape
+    num_rows, channels = dy.shape[0], int(dy.shape[1])
     if num_rows == 0:
         return dy.new_zeros((2, channels), dtype=torch.float32)
     tile, num_warps = _tile(channels)
-    num_programs = min(triton.cdiv(num_rows, tile["ROWS"]), NUM_PROGRAMS)
+    num_programs = programs_of(triton.cdiv(num_rows, tile["ROWS"]), NUM_PROGRAMS)
     partials = dy.new_empty((num_programs, 2, channels), dtype=torch.float32)
-    _backward_kernel[(num_programs,)](
+    launchable(_backward_kernel, dx)[(num_programs,)](
         dx,
         dy,
         source,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable
+
 ROWS, COLUMNS = 16, 128  # a step over columns
 ROW_COLUMNS = 2048  # a step along a row
 
@@ -85,7 +87,7 @@ def columns(logits: Tensor, log_v: Tensor, scale: float, largest: Tensor, sums: 
     num_rows, num_columns = logits.shape
     if num_columns == 0:
         return
-    _columns_kernel[(triton.cdiv(num_columns, COLUMNS),)](
+    launchable(_columns_kernel, logits)[(triton.cdiv(num_columns, COLUMNS),)](
         logits,
         log_v,
         largest,
@@ -105,13 +107,13 @@ def rows(logits: Tensor, log_u: Tensor, scale: float, lse: Tensor) -> None:
     num_rows, num_columns = logits.shape
     if num_rows == 0:
         return
-    _rows_kernel[(num_rows,)](
+    launchable(_rows_kernel, logits)[(num_rows,)](
         logits,
         log_u,
         lse,
         num_columns,
         logits.stride(0),
         scale,
-        COLUMNS=min(ROW_COLUMNS, triton.next_power_of_2(max(num_columns, 1))),
+        COLUMNS=min(ROW_COLUMNS, triton.next_power_of_2(max(int(num_columns), 1))),
         num_warps=8,
     )

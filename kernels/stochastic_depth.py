@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable, programs_of
+
 ROWS = 16
 COLUMNS = 128  # divides every width of DINOv2
 # Programs of a gather with sums, over all blocks of columns. It never depends on the GPU, so that
@@ -118,7 +120,7 @@ def scatter_(
     if residual.numel() == 0:
         return
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(channels, COLUMNS))
-    _scatter_kernel[grid](
+    launchable(_scatter_kernel, x)[grid](
         x,
         residual,
         rows,
@@ -154,9 +156,9 @@ def gather(
     row_blocks, column_blocks = triton.cdiv(num_rows, ROWS), triton.cdiv(channels, COLUMNS)
     partials = None
     if want_sums:
-        row_blocks = min(row_blocks, triton.cdiv(NUM_PROGRAMS, column_blocks))
+        row_blocks = programs_of(row_blocks, triton.cdiv(NUM_PROGRAMS, column_blocks))
         partials = dx.new_empty((row_blocks, channels), dtype=torch.float32)
-    _gather_kernel[(row_blocks, column_blocks)](
+    launchable(_gather_kernel, dx)[(row_blocks, column_blocks)](
         dx,
         rows,
         row_scale,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_fast.kernels.common import launchable
+
 ROWS = 16
 COLUMNS = 128  # divides the hidden width of ViT-g/14, 4096
 # Programs of a backward with sums, over all blocks of columns. It never depends on the GPU, so
@@ -95,7 +97,7 @@ def forward(x12: Tensor, h: Tensor) -> None:
         return
     num_rows, hidden = h.shape
     grid = (triton.cdiv(num_rows, ROWS), triton.cdiv(hidden, COLUMNS))
-    _forward_kernel[grid](
+    launchable(_forward_kernel, x12)[grid](
         x12,
         h,
         num_rows,
@@ -120,7 +122,7 @@ def backward(
     if want_sums:
         row_blocks = min(row_blocks, triton.cdiv(NUM_PROGRAMS, column_blocks))
         partials = x12.new_empty((row_blocks, 2 * hidden), dtype=torch.float32)
-    _backward_kernel[(row_blocks, column_blocks)](
+    launchable(_backward_kernel, x12)[(row_blocks, column_blocks)](
         dh,
         x12,
         dx12,

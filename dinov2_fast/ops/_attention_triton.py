@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from dinov2_fast.ops._attention_layout import Launch, launches_of
 from dinov2_fast.ops._attention_layout import strides as strides_of
+from dinov2_fast.ops._triton import device_of
 
 MAX_HEAD_DIM = 128
 _LOG2_E = 1.4426950408889634
@@ -40,7 +42,7 @@ def forward(
     kernels = _kernels()
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    with torch.cuda.device_of(q):
+    with device_of(q):
         for run in launches_of(launches):
             tile = _tile(q, run.max_queries)
             num_blocks = -(-run.max_queries // tile["BLOCK_Q"])
@@ -78,7 +80,7 @@ def backward(
         out, _ = forward(q, k, v, q_offsets, k_offsets, launches, scale)
     delta = torch.empty_like(lse)
     sums = (lse.stride(0), delta.stride(0))
-    with torch.cuda.device_of(q):
+    with device_of(q):
         for run in launches_of(launches):
             tile = _tile(q, run.max_queries, backward=True)
             if run.max_queries <= tile["BLOCK_Q"] and run.max_keys <= tile["BLOCK_K"]:
@@ -129,12 +131,14 @@ def _launch(
     tile: dict[str, Any],
 ) -> None:
     """One program per (sequence, block, head); arguments in the order of every attention kernel."""
-    heads = strided[0].shape[1]
+    from dinov2_fast.kernels.common import launchable
+
+    heads = int(strided[0].shape[1])
     num_programs = run.num_sequences * num_blocks * heads
     if num_programs == 0:
         return
     strides = [stride for tensor in strided for stride in (tensor.stride(0), tensor.stride(1))]
-    kernel[(num_programs,)](
+    launchable(kernel, strided[0])[(num_programs,)](
         *pointers,
         *strides,
         *numbers,
@@ -148,17 +152,21 @@ def _launch(
 
 def _in_vectors(tensor: Tensor) -> bool:
     """Whether every row of every head begins at a multiple of 16 bytes."""
-    places = (stride * tensor.element_size() for stride in strides_of(tensor))
-    return not any(place % 16 for place in (tensor.data_ptr(), *places))
+    size = tensor.element_size()
+    # What is traced has no address yet: inductor aligns the memory that it starts in.
+    traced = isinstance(tensor, FunctionalTensor)
+    first = tensor.storage_offset() * size if traced else tensor.data_ptr()
+    return not any(place % 16 for place in (first, *(s * size for s in strides_of(tensor))))
 
 
 def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, Any]:
     """Sizes of a program; none of them was tuned on a GPU yet."""
-    head_dim = q.shape[2]
+    from dinov2_fast.kernels.common import INTERPRETED
+
+    head_dim = int(q.shape[2])
     wide = max(16, 1 << (head_dim - 1).bit_length())
-    interpreted = q.device.type == "cpu"
     blocks, num_warps = (64, 64), 8 if wide > 64 else 4
-    if interpreted:
+    if INTERPRETED:
         pass  # few large products are the fastest there
     elif q.dtype == torch.float32:  # no tensor cores: products keep float32's precision
         blocks, num_warps = ((16, 16) if wide > 64 else (32, 32)), 8  # fewer warps spill
@@ -169,7 +177,7 @@ def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, A
         "WIDE": wide,
         "BLOCK_Q": blocks[0],
         "BLOCK_K": blocks[1],
-        "PRECISION": "interpreted" if interpreted else "ieee",
+        "PRECISION": "interpreted" if INTERPRETED else "ieee",
         "num_warps": num_warps,
         "num_stages": 1 if q.dtype == torch.float32 else 2,
     }

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
@@ -52,6 +54,9 @@ def declare(
         return fake(*arguments[:-1])
 
     _library.register_fake(qualified, without_backend, lib=_LIBRARY)
+    if ("triton", "cuda") in kernels:
+        traced = _traced(kernels["triton", "cuda"])
+        _library.register_torch_dispatch(qualified, FunctionalTensorMode, traced, lib=_LIBRARY)
     _library.register_autograd(
         qualified,
         backward if backward is not None else _refusal(name),
@@ -75,6 +80,36 @@ def _dispatcher(name: str, device_type: str, kernels: Mapping[tuple[str, str], K
         return kernel(*arguments[:-1])
 
     return run
+
+
+def _traced(kernel: Kernel) -> Kernel:
+    """What torch calls while it makes a graph: Triton's launches go into it, not the op.
+
+    So inductor sees the kernels, as it does those of `torch.library.triton_op`: it launches them
+    itself, and packs them into what it compiles ahead of time. An exported program keeps the op.
+    """
+
+    def run(
+        mode: Any, op: Any, types: tuple[type, ...], arguments: tuple[Any, ...], options: Any
+    ) -> Any:
+        if arguments[-1] != "triton" or _stays_whole():
+            return mode.__torch_dispatch__(op, types, arguments, options)
+        known = (FakeTensor, FunctionalTensor)
+        if not all(kind is torch.Tensor or issubclass(kind, known) for kind in types):
+            return NotImplemented
+        with mode:
+            return kernel(*arguments[:-1])
+
+    return run
+
+
+def _stays_whole() -> bool:
+    """Whether ops of Triton's kernels go into graphs as they are."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    from dinov2_fast.kernels.common import INTERPRETED
+
+    return INTERPRETED or custom_triton_ops_decomposition_disabled()
 
 
 def _refusal(name: str) -> Kernel:

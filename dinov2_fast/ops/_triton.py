@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from dinov2_fast.ops._native_cpu import FLOATS, refusals
 
@@ -49,5 +50,7 @@ def for_triton(refused: Mapping[str, str]) -> dict[str, str]:
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Make the tensor's GPU the current one: Triton launches there."""
+    """Make the tensor's GPU the current one: Triton launches there, but a traced graph later."""
+    if isinstance(tensor, FunctionalTensor):
+        return nullcontext()
     return torch.cuda.device_of(tensor)  # pyright: ignore[reportReturnType]

@@ -181,7 +181,7 @@ def _mean_into(loss: Tensor, losses: Tensor) -> None:
 
 def _of_losses(gradient: Tensor, norms: Tensor) -> Tensor:
     """Gradients [B] of the losses, of whose mean one is given; norms are [B]."""
-    return (gradient.double() / len(norms)).float().expand_as(norms).contiguous()
+    return (gradient.double() / norms.shape[0]).float().expand_as(norms).contiguous()
 
 
 def _forward_fake(x: Tensor, eps: float) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dinov2_fast.kernels
-from dinov2_fast.ops import _attention_triton, _optimizer_triton
+from dinov2_fast.ops import _optimizer_triton
 from tools.simt.triton_launch import triton_on_cpu
 
 for module in pkgutil.iter_modules(dinov2_fast.kernels.__path__):
@@ -23,12 +23,7 @@ TABLES: dict[int, Sequence[Any]] = {}
 _running = triton_on_cpu(int(os.environ.get("SIMT_ARCH", "80")), tables=TABLES)
 RESULTS = _running.__enter__()
 
-_tile, _table_of = _attention_triton._tile, _optimizer_triton.table_of
-
-
-def _tile_of_a_gpu(q: Any, *args: Any, **options: Any) -> dict[str, Any]:
-    """Attention's tiles and precision as on a GPU; Triton's interpreter gets others."""
-    return _tile(q.to("meta"), *args, **options)
+_table_of = _optimizer_triton.table_of
 
 
 def _known_table(lists: Any, **options: Any) -> Any:
@@ -39,7 +34,7 @@ def _known_table(lists: Any, **options: Any) -> Any:
     return table
 
 
-_attention_triton._tile, _optimizer_triton.table_of = _tile_of_a_gpu, _known_table
+_optimizer_triton.table_of = _known_table
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

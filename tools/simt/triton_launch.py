@@ -8,6 +8,7 @@ same numbers in another order all store their sum, and which of them wins is lef
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def triton_on_cpu(
 
 @contextlib.contextmanager
 def _launches_taken(arch: int, take: Callable[..., None]) -> Iterator[None]:
-    """Inside, launches of Triton are compiled and given to a function.
+    """Inside, launches of Triton are compiled and given to a function; torch can trace them too.
 
     Args:
         arch: 80 or 90.
@@ -107,6 +108,7 @@ def _launches_taken(arch: int, take: Callable[..., None]) -> Iterator[None]:
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
+    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     target = GPUTarget("cuda", arch, 32)
@@ -119,11 +121,13 @@ def _launches_taken(arch: int, take: Callable[..., None]) -> Iterator[None]:
         bound, signature, compiled = _compile(function, backend, target, made, args, kwargs)
         take(function, compiled, bound, signature, grid)
 
-    original = JITFunction.run
+    original, active = JITFunction.run, driver._active
     JITFunction.run = run
+    driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
     try:
         yield
     finally:
+        driver.set_active(active)
         JITFunction.run = original
 
 
