@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_fast.kernels.common import launchable
+from dinov2_fast.kernels.launches import launchable
 
 COLUMNS = 4096  # prototypes of a step
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_fast.kernels.common import launchable
+from dinov2_fast.kernels.launches import launchable
 
 QUERIES, KEYS, DEPTH = 32, 32, 32  # a tile of products, and the channels of a step
 COLUMNS = 1024  # a step along a row

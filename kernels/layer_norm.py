@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_fast.kernels.common import launchable, programs_of
+from dinov2_fast.kernels.launches import launchable, programs_of
 
 # Programs of the backward, and partial sums of weight and bias gradients. It never depends on the
 # GPU, so that neither does the order of any sum; it fills the 132 multiprocessors of an H100.

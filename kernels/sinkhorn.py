@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_fast.kernels.common import launchable
+from dinov2_fast.kernels.launches import launchable
 
 ROWS, COLUMNS = 16, 128  # a step over columns
 ROW_COLUMNS = 2048  # a step along a row

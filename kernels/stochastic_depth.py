@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_fast.kernels.common import launchable, programs_of
+from dinov2_fast.kernels.launches import launchable, programs_of
 
 ROWS = 16
 COLUMNS = 128  # divides every width of DINOv2

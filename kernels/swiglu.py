@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_fast.kernels.common import launchable
+from dinov2_fast.kernels.launches import launchable
 
 ROWS = 16
 COLUMNS = 128  # divides the hidden width of ViT-g/14, 4096

@@ -131,7 +131,7 @@ def _launch(
     tile: dict[str, Any],
 ) -> None:
     """One program per (sequence, block, head); arguments in the order of every attention kernel."""
-    from dinov2_fast.kernels.common import launchable
+    from dinov2_fast.kernels.launches import launchable
 
     heads = int(strided[0].shape[1])
     num_programs = run.num_sequences * num_blocks * heads
@@ -161,7 +161,7 @@ def _in_vectors(tensor: Tensor) -> bool:
 
 def _tile(q: Tensor, max_queries: int, *, backward: bool = False) -> dict[str, Any]:
     """Sizes of a program; none of them was tuned on a GPU yet."""
-    from dinov2_fast.kernels.common import INTERPRETED
+    from dinov2_fast.kernels.launches import INTERPRETED
 
     head_dim = int(q.shape[2])
     wide = max(16, 1 << (head_dim - 1).bit_length())

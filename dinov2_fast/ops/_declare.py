@@ -107,7 +107,7 @@ def _stays_whole() -> bool:
     """Whether ops of Triton's kernels go into graphs as they are."""
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    from dinov2_fast.kernels.common import INTERPRETED
+    from dinov2_fast.kernels.launches import INTERPRETED
 
     return INTERPRETED or custom_triton_ops_decomposition_disabled()
 
