@@ -73,7 +73,7 @@ def report() -> dict[str, Any]:
         "self_test": outcomes,
         "environment": environment.describe(),
         "problems": problems,
-        "hints": _hints(),
+        "hints": [*_hints(), *_hints_of_the_self_test(outcomes)],
         "ok": not problems,
     }
 
@@ -290,6 +290,17 @@ def _hints() -> list[str]:
     if torch.get_num_threads() > (os.cpu_count() or 1):
         hints.append(f"torch uses {torch.get_num_threads()} threads on {os.cpu_count()} cores")
     return hints
+
+
+def _hints_of_the_self_test(outcomes: list[dict[str, Any]]) -> list[str]:
+    """What it could not say because its time was over, as on a busy machine."""
+    num_late = sum(outcome["passed"] is None for outcome in outcomes)
+    if not num_late:
+        return []
+    return [
+        f"self-test: {num_late} of {len(outcomes)} comparisons had no time; "
+        "run doctor again when the machine is less busy"
+    ]
 
 
 def format_report(found: dict[str, Any]) -> str:

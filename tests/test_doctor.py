@@ -86,9 +86,13 @@ def test_a_raising_or_nan_kernel_is_found_and_the_report_lives(monkeypatch: pyte
     json.dumps(rows, allow_nan=False)
 
 
-def test_self_test_stops_at_its_time_limit():
+def test_self_test_stops_at_its_time_limit_and_says_so(monkeypatch: pytest.MonkeyPatch):
     outcomes = self_test.run_self_test(("cpu",), time_limit_s=-1.0)
     assert {outcome.passed for outcome in outcomes} == {None}
+    monkeypatch.setattr(self_test, "TIME_LIMIT_S", -1.0)
+    found = doctor.report()
+    late = f"{len(outcomes)} of {len(outcomes)} comparisons had no time"
+    assert any(late in hint for hint in found["hints"])
 
 
 @pytest.mark.parametrize(

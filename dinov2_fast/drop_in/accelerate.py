@@ -6,7 +6,13 @@ from torch import nn
 
 from dinov2_fast.drop_in import huggingface, limits, official, timm
 from dinov2_fast.drop_in.fast_block import OPTIONS, FastBlock, fast_class
-from dinov2_fast.drop_in.half_block import DropPathMode, HalfBlock, Options, full_name
+from dinov2_fast.drop_in.half_block import (
+    DropPathMode,
+    HalfBlock,
+    Options,
+    full_name,
+    is_rewritten,
+)
 from dinov2_fast.drop_in.report import Entry, Report
 from dinov2_fast.nn.block import Block
 from dinov2_fast.nn.branch_plan import RECOMPUTE_LEVELS, Recompute
@@ -40,10 +46,7 @@ def accelerate(
         TypeError: not a module.
         ValueError: no block of a known library in the model, or an unknown option.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"accelerate: expected model to be an nn.Module, got {type(model).__name__}"
-        )
+    _check_module("accelerate", model)
     if drop_path not in ("subset", "masked"):
         raise ValueError(f"accelerate: expected drop_path subset or masked, got {drop_path!r}")
     if recompute not in RECOMPUTE_LEVELS:
@@ -72,6 +75,10 @@ def accelerate(
                 sizes.add((weight.shape[0], weight.device.type, kind == "replaced"))
         if not all(reasons):
             _exchange(block, _LIBRARIES[library], options)
+    for name, block in model.named_modules():
+        if _is_subclassed(block):
+            reason = f"the block is a {full_name(type(block))}, a subclass of its library's"
+            entries["left"] += [Entry(name, half, reason) for half in ("attention", "feed-forward")]
     return Report(
         library=" and ".join(dict.fromkeys(library for _, _, library in found)),
         replaced=tuple(entries["replaced"]),
@@ -89,8 +96,10 @@ def restore(model: nn.Module) -> int:
     Returns:
         How many blocks were restored; 0 if none was accelerated.
     Raises:
+        TypeError: not a module.
         ValueError: a block was wrapped by something else in the meantime.
     """
+    _check_module("restore", model)
     blocks = [m for m in model.modules() if isinstance(m, FastBlock)]
     for block in blocks:
         if not _is_accelerated(block):
@@ -104,11 +113,15 @@ def restore(model: nn.Module) -> int:
     return len(blocks)
 
 
+def _check_module(name: str, model: nn.Module) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: expected model to be an nn.Module, got {type(model).__name__}")
+
+
 def _library_of(block: nn.Module) -> str:
     """The library of a block, accelerated already or not; "" for any other module."""
-    kind = type(block)
-    if isinstance(block, FastBlock) and _is_accelerated(block):
-        kind = block.original
+    kind = _class_of(block)
     name = full_name(kind)
     if name in timm.BLOCKS:
         return "timm"
@@ -120,24 +133,31 @@ def _library_of(block: nn.Module) -> str:
 
 def _why_nothing(model: nn.Module) -> str:
     """What to tell somebody whose model has no block that `accelerate` knows."""
-    kinds = dict.fromkeys(type(module) for module in model.modules())
-    known = timm.BLOCKS | huggingface.BLOCKS
-    for kind in kinds:
-        if issubclass(kind, Block):
+    for module in model.modules():
+        if isinstance(module, Block):
             return (
                 f"accelerate: expected another library's model, got a {full_name(type(model))}, "
                 "whose blocks are fast as they are"
             )
-        if any(full_name(base) in known for base in kind.__mro__[1:]):
+        if _is_subclassed(module):
             return (
-                f"accelerate: expected blocks as their library made them, got a {full_name(kind)}, "
-                "a subclass of one; accelerate before fully_shard"
+                "accelerate: expected blocks as their library made them, got a "
+                f"{full_name(type(module))}, a subclass of one; accelerate before fully_shard, or "
+                "give blocks their library's class"
             )
     return (
-        "accelerate: expected a model with blocks of timm's VisionTransformer, transformers' "
-        f"Dinov2 models or DINOv2's code, got a {full_name(type(model))} without any; "
-        "build from dinov2_fast.nn instead"
+        "accelerate: expected a model with timm's Block, transformers' Dinov2Layer (with registers "
+        f"or not) or a block of DINOv2's code, got a {full_name(type(model))} without any, which "
+        "stays as it is; a ViT of your own can be built from dinov2_fast.nn"
     )
+
+
+def _is_subclassed(module: nn.Module) -> bool:
+    """Whether a module is of a subclass of a known block that somebody else than we made."""
+    if isinstance(module, FastBlock) and _is_accelerated(module):
+        return False
+    known = timm.BLOCKS | huggingface.BLOCKS
+    return any(full_name(base) in known for base in type(module).__mro__[1:])
 
 
 def _is_accelerated(block: nn.Module) -> bool:
@@ -146,8 +166,19 @@ def _is_accelerated(block: nn.Module) -> bool:
     return isinstance(block, FastBlock) and "original" in vars(kind)
 
 
+def _class_of(block: nn.Module) -> type[nn.Module]:
+    """The class that a block's library gave it."""
+    if isinstance(block, FastBlock) and _is_accelerated(block):
+        return block.original
+    return type(block)
+
+
 def _why_left(block: nn.Module, half: HalfBlock, library: str) -> str:
     """Why a half stays as it is, or ""."""
+    if "forward" in vars(block):
+        return "the block has a forward of its own"
+    if is_rewritten(_class_of(block)):
+        return "the block computes by a forward that is not its library's"
     reason = half.why_left()
     if reason or library != "official DINOv2" or _is_accelerated(block):
         return reason
@@ -156,9 +187,11 @@ def _why_left(block: nn.Module, half: HalfBlock, library: str) -> str:
 
 
 def _path_of(half: HalfBlock) -> tuple[str, str]:
-    """Whether a half owns its memory or only skips samples, and why."""
+    """Whether a half owns its memory, only skips samples or has none to skip, and why."""
     reason = half.why_not_owned(half.second.weight)
-    return ("skipping", reason) if reason else ("replaced", "")
+    if not reason:
+        return "replaced", ""
+    return ("skipping" if half.drop_ratio > 0 else "left"), reason
 
 
 def _exchange(block: nn.Module, fast: type[FastBlock], options: Options) -> None:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from dinov2_fast.backends import choose_backend
 from dinov2_fast.drop_in import limits
-from dinov2_fast.drop_in.half_block import Entrance, HalfBlock, Path, dropped_ratio, runs_plainly
+from dinov2_fast.drop_in.half_block import (
+    Entrance,
+    HalfBlock,
+    Path,
+    dropped_ratio,
+    is_rewritten,
+    runs_plainly,
+)
 from dinov2_fast.packing import Pack, pack_tokens, unpack_tokens
 
 OPTIONS = "_dinov2_fast"  # attribute of an accelerated block that holds its Options
@@ -28,36 +35,41 @@ class FastBlock(nn.Module):
     neutral: frozenset[str] = frozenset()  # options that change nothing a block computes
     original: type[nn.Module]  # the library's class, set by `fast_class`
 
-    def forward(self, x: Any, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> Any:
         """Both halves of the block.
 
         Args:
-            x: [B, N, C] tokens.
-            *args: the library's other arguments (masks, flags): what is neither None nor False
-                makes the block run as its library wrote it.
+            *args: [B, N, C] tokens, then the library's other arguments (masks, flags): what is
+                neither None nor False makes the block run as its library wrote it.
             **options: the same by name; `neutral` ones aside.
         Returns:
             What the library's block returns.
         """
+        if not args:  # tokens under a name that only the library knows
+            return super().forward(**options)
+        x, *others = args
         # Cheap questions first: calls of Python cost a toy's batch some promille each. While a
-        # compiler looks on nobody asks for sizes, on which it would put guards.
-        if torch.compiler.is_compiling() or (isinstance(x, Tensor) and not self._may_pay(x)):
-            return super().forward(x, *args, **options)
-        asked = (*args, *(value for name, value in options.items() if name not in self.neutral))
-        if runs_plainly() or any(value is not None and value is not False for value in asked):
-            return super().forward(x, *args, **options)
+        # compiler or tracer looks on nobody asks for sizes, of which it would take note.
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return super().forward(*args, **options)
+        if isinstance(x, Tensor) and not self._may_pay(x):
+            return super().forward(*args, **options)
+        asked = (*others, *(value for name, value in options.items() if name not in self.neutral))
+        asks_for_more = any(value is not None and value is not False for value in asked)
+        if asks_for_more or runs_plainly() or is_rewritten(self.original):
+            return super().forward(*args, **options)
         if isinstance(x, Tensor):
             halves, chosen = type(self).halves(self), getattr(self, OPTIONS)
             paths: list[Path] = [half.path(x, chosen) for half in halves]
             if any(path != "library" for path in paths):
                 pack = Pack.from_groups([(x.shape[0], x.shape[1])], x.device)
                 return self._run(halves, paths, x, pack).view(x.shape)
-        elif self.takes_lists:
+        elif self.takes_lists and isinstance(x, (list, tuple)):
             tokens, pack = pack_tokens(x)
             halves = type(self).halves(self)
             if not any(half.why_left() or half.why_not_owned(tokens) for half in halves):
                 return unpack_tokens(self._run(halves, ("owned", "owned"), tokens, pack), pack)
-        return super().forward(x, *args, **options)
+        return super().forward(*args, **options)
 
     @staticmethod
     def halves(block: nn.Module) -> tuple[HalfBlock, HalfBlock]:
@@ -101,6 +113,17 @@ class FastBlock(nn.Module):
             tokens = half.run(tokens, pack, x.shape, path, getattr(self, OPTIONS))
         return tokens
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` asks before it reads any source."""
+        raise RuntimeError(
+            "torch.jit.script: expected blocks as their library wrote them, got an accelerated "
+            f"{self.original.__name__}; call restore(model) first, or use torch.export"
+        )
+
+    def _get_name(self) -> str:
+        """What `print(model)` shows."""
+        return f"Fast{super()._get_name()}"
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickling and copying by the two classes that make up this one."""
         kind = type(self)
@@ -115,10 +138,16 @@ def fast_class(fast: type[FastBlock], original: type[nn.Module]) -> type[FastBlo
         fast: knows the library's modules.
         original: the library's block class.
     Returns:
-        A subclass of both, the same one for the same arguments.
+        A subclass of both, the same one for the same arguments. It has the library's name, by which
+        FSDP's wrapping policies and device maps find blocks.
     """
-    attributes = {"original": original, "__module__": original.__module__, "__doc__": fast.__doc__}
-    return cast("type[FastBlock]", type(f"Fast{original.__name__}", (fast, original), attributes))
+    attributes = {
+        "original": original,
+        "__module__": original.__module__,
+        "__qualname__": f"Fast{original.__qualname__}",
+        "__doc__": fast.__doc__,
+    }
+    return cast("type[FastBlock]", type(original.__name__, (fast, original), attributes))
 
 
 def _new_block(fast: type[FastBlock], original: type[nn.Module]) -> nn.Module:

@@ -67,6 +67,8 @@ class HalfBlock:
         difference: why the half computes something else than the owned path; "" if it does not.
         num_heads: H, of attention.
         head_dim: D, of attention.
+        idle_hooks: name of the Python module whose forward hooks have nothing to do in a call that
+            comes this far.
     """
 
     kind: Literal["attention", "gelu", "swiglu"]
@@ -82,14 +84,17 @@ class HalfBlock:
     difference: str = ""
     num_heads: int = 1
     head_dim: int = 1
+    idle_hooks: str = ""
 
     def why_left(self) -> str:
         """Why the half must run as its library wrote it, or ""."""
         for name, module, types in self.parts:
             if full_name(type(module)) not in types:
                 return f"{name} is a {full_name(type(module))}"
-            if has_hooks(module):
+            if has_hooks(module, idle=self.idle_hooks):
                 return f"{name} has a hook or a forward of its own"
+            if is_rewritten(type(module)):
+                return f"{name} computes by a forward that is not its library's"
             if isinstance(module, nn.Dropout) and module.p > 0:
                 return f"{name} drops {module.p:g} of its inputs"
         if self.norm.bias is None or self.norm.weight is None:
@@ -273,6 +278,14 @@ def full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def is_rewritten(kind: type[nn.Module]) -> bool:
+    """Whether somebody else's function has taken the place of a class's own `forward`."""
+    written_in = getattr(kind.forward, "__module__", "")
+    if written_in == kind.__module__:  # nearly always
+        return False
+    return all(base.__module__ != written_in for base in kind.__mro__)
+
+
 def transforms_are_active() -> bool:
     """Whether functorch's transforms or forward-mode derivatives run, in need of plain steps."""
     if torch._C._are_functorch_transforms_active():
@@ -281,9 +294,7 @@ def transforms_are_active() -> bool:
 
 
 def runs_plainly() -> bool:
-    """Whether every block must run as its library wrote it: a tracer, transforms, the user."""
-    if torch._C._is_tracing():
-        return True
+    """Whether every block must run as its library wrote it: transforms, the user."""
     return transforms_are_active() or environment.plain_blocks()
 
 

@@ -59,6 +59,9 @@ _FEED_FORWARD = {
 }
 # Names of attention functions that compute plain softmax attention.
 _PLAIN_ATTENTION = {"sdpa", "eager"}
+# Where hooks come from that a call for hidden states or attention weights leaves in every attention
+# module for good. They wait for calls for weights, of which each layer is told and runs as it was.
+_RECORDING = "transformers.utils.output_capturing"
 
 
 class FastHuggingFaceLayer(FastBlock):
@@ -83,7 +86,8 @@ def _attention_half(layer: Any) -> HalfBlock:
     attention, drop_path = layer.attention, layer.drop_path
     names = ("q_proj", "k_proj", "v_proj")
     head_dim = getattr(attention, "head_dim", 1)
-    function = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    config = getattr(attention, "config", None)
+    function = getattr(config, "_attn_implementation", None)
     difference = ""
     if not all(isinstance(getattr(attention, name, None), nn.Module) for name in names):
         difference = f"attention has not the layers {', '.join(names)} of transformers 5"
@@ -111,6 +115,7 @@ def _attention_half(layer: Any) -> HalfBlock:
         difference=difference,
         num_heads=getattr(attention, "num_attention_heads", 1),
         head_dim=head_dim,
+        idle_hooks="" if getattr(config, "output_attentions", False) else _RECORDING,
     )
 
 

@@ -1,10 +1,12 @@
 """Attention under the names of xFormers that DINOv2 uses, for an exchange of imports.
 
-`from dinov2_fast.drop_in import xformers as fmha` serves code that says `fmha.BlockDiagonalMask`.
+Every name that DINOv2's attention and block import from `xformers.ops` stands here, so that theirs
+may be `from dinov2_fast.drop_in.xformers import fmha, index_select_cat, scaled_index_add`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from dinov2_fast.ops.attention import attention
 from dinov2_fast.packing import Pack, unpack_tokens
+
+fmha = sys.modules[__name__]  # the module of masks: `fmha.BlockDiagonalMask`
+unbind = torch.unbind  # views, as theirs gives
 
 
 class BlockDiagonalMask:
@@ -29,13 +34,18 @@ class BlockDiagonalMask:
 
     @classmethod
     def from_seqlens(
-        cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None
+        cls,
+        q_seqlen: Sequence[int],
+        kv_seqlen: Sequence[int] | None = None,
+        *,
+        device: torch.device | str | None = None,
     ) -> BlockDiagonalMask:
         """A mask from lengths.
 
         Args:
             q_seqlen: tokens of each sequence.
             kv_seqlen: None, or the same.
+            device: any; a mask follows the queries it is used with.
         Raises:
             ValueError: keys of other lengths than the queries.
         """
@@ -125,16 +135,64 @@ def memory_efficient_attention(
     if query.ndim != 4 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
             f"{name}: expected query, key and value of one shape [B, N, H, D], got "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; "
+            "unsqueeze(2) a single head, repeat shared ones"
         )
     if attn_bias is None:
         pack = Pack.from_groups([(query.shape[0], query.shape[1])], query.device)
-    elif query.shape[0] == 1:
-        pack = attn_bias.pack.to(query.device)
-    else:
+    elif query.shape[0] != 1:
         raise ValueError(
             f"{name}: expected query [1, T, H, D] with a mask, got {tuple(query.shape)}; "
             "lay sequences end to end with BlockDiagonalMask.from_tensor_list"
         )
+    elif attn_bias.pack.num_tokens != query.shape[1]:
+        raise ValueError(
+            f"{name}: expected attn_bias of the {query.shape[1]} tokens of query, got one of "
+            f"{attn_bias.pack.num_tokens}"
+        )
+    else:
+        pack = attn_bias.pack.to(query.device)
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # [T, H, D]
     return attention(q, k, v, pack, scale=scale).view(query.shape)
+
+
+def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """Chosen rows of several matrices, end to end.
+
+    Args:
+        sources: [R_i, C_i] each.
+        indices: [M_i] rows of each.
+    Returns:
+        All their numbers in one dimension: [sum of M_i * C_i].
+    Raises:
+        ValueError: another number of indices than of sources.
+    """
+    if len(sources) != len(indices):
+        raise ValueError(
+            f"index_select_cat: expected indices for each of {len(sources)} sources, "
+            f"got {len(indices)}"
+        )
+    chosen = zip(sources, indices, strict=True)
+    return torch.cat([source.index_select(0, rows).flatten() for source, rows in chosen])
+
+
+def scaled_index_add(
+    input: Tensor,
+    index: Tensor,
+    source: Tensor,
+    scaling: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Add scaled samples to chosen ones of a batch, in place.
+
+    Args:
+        input: [B, N, C], changed.
+        index: [M] samples, none twice.
+        source: [M, N, C] what is added to them.
+        scaling: [C] factors of LayerScale; None is 1.
+        alpha: factor on everything.
+    Returns:
+        The input.
+    """
+    scaled = source if scaling is None else source * scaling.to(source.dtype)
+    return input.index_add_(0, index, scaled, alpha=alpha)

@@ -6,16 +6,20 @@ import torch
 from torch import Tensor, nn
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module, *, idle: str = "") -> bool:
     """Whether calling a module does more, or something else, than its class says.
 
     Args:
         module: looked at without its children.
+        idle: name of the Python module whose functions do not count as forward hooks.
     Returns:
         True with hooks of its own or of all modules, or a `forward` set on the instance.
     """
+    hooks = module._forward_hooks
+    if hooks and idle:
+        hooks = [hook for hook in hooks.values() if getattr(hook, "__module__", "") != idle]
     return bool(
-        module._forward_hooks
+        hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

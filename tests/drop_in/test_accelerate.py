@@ -180,7 +180,7 @@ def test_what_computes_something_else_is_left_and_named():
         model = timm.create_model(name, **small, **options)
         assert reason in str(accelerate(model)), options
     parallel = timm.create_model("vit_small_patch16_18x2_224", **{**small, "depth": 2})
-    with pytest.raises(ValueError, match="expected a model with blocks of timm's"):
+    with pytest.raises(ValueError, match="expected a model with timm's Block"):
         accelerate(parallel)
 
 
@@ -358,6 +358,11 @@ def test_rejects_bad_input(arguments, error, words):
     options = dict(zip(("drop_path", "recompute"), arguments[1:], strict=False))
     with pytest.raises(error, match=words):
         accelerate(arguments[0], **options)
+
+
+def test_restore_rejects_what_is_no_model():
+    with pytest.raises(TypeError, match="restore: expected model to be an nn"):
+        restore([nn.Linear(2, 2)])
 
 
 def test_the_reports_text():

@@ -16,7 +16,13 @@ from dinov2_fast.drop_in.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from dinov2_fast.drop_in.xformers import BlockDiagonalMask, memory_efficient_attention
+from dinov2_fast.drop_in.xformers import (
+    BlockDiagonalMask,
+    index_select_cat,
+    memory_efficient_attention,
+    scaled_index_add,
+    unbind,
+)
 from tests.inputs import leaves, randn
 from tests.tolerance import assert_within_error_budget
 
@@ -107,6 +113,45 @@ def test_a_list_of_batches_becomes_one_and_comes_back():
     assert [part.shape[:2] for part in by_lengths.split(x)] == [(2, 5), (3, 2)]
 
 
+def test_a_branch_of_chosen_samples_in_the_words_of_dinov2s_block():
+    # Two of four samples of 5 tokens, one of three of 2.
+    batches, kept = [randn(4, 5, 128), randn(3, 2, 128, seed=1)], [[2, 0], [1]]
+    weight, gamma = leaves(0.1 * randn(128, 384, seed=2), randn(128, seed=3))
+    indices = [torch.tensor(samples) for samples in kept]
+
+    def with_xformers_names():
+        rows = [x.clone() for x in batches]
+        tokens = index_select_cat([x.flatten(1) for x in rows], indices).view(1, -1, 128)
+        mask = fmha.fmha.BlockDiagonalMask.from_seqlens([5, 5, 2], device="cpu")
+        mask._batch_sizes = [2, 1]
+        qkv = (tokens @ weight).view(1, -1, 3, HEADS, HEAD_DIM)
+        out = memory_efficient_attention(*unbind(qkv, 2), mask).flatten(2)
+        added = zip(rows, indices, mask.split(out), strict=True)
+        outs = [
+            scaled_index_add(x, index, part, scaling=gamma, alpha=len(x) / len(index))
+            for x, index, part in added
+        ]
+        assert all(out is x for out, x in zip(outs, rows, strict=True))
+        return outs
+
+    def sample_by_sample():
+        outs = [[*x] for x in batches]
+        for out, samples in zip(outs, kept, strict=True):
+            for i in samples:
+                qkv = (out[i] @ weight).unflatten(1, (3, HEADS, HEAD_DIM)).permute(1, 2, 0, 3)
+                branch = F.scaled_dot_product_attention(*qkv).transpose(0, 1).flatten(1)
+                out[i] = out[i] + branch * gamma * len(out) / len(samples)
+        return [torch.stack(out) for out in outs]
+
+    results = []
+    for outs in (with_xformers_names(), sample_by_sample()):
+        loss = sum(out.square().sum() for out in outs)
+        results.append([*outs, *torch.autograd.grad(loss, (weight, gamma))])
+
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -145,12 +190,15 @@ def test_rejects_bad_input():
         (partial(flash_attn_varlen_qkvpacked_func, q, other, 3), ValueError, r"qkv \[T, 3, H, D\]"),
         (partial(flash_attn_varlen_func, q[0], q[0], q[0], *lengths), ValueError, "cu_seqlens_k"),
         (partial(attend, q, grouped, grouped), ValueError, "one shape"),
+        (partial(attend, q[0], q[0], q[0]), ValueError, r"unsqueeze\(2\) a single head"),
+        (partial(attend, *[q[:, :3]] * 3, mask), ValueError, "attn_bias of the 3 tokens.*one of 4"),
         (partial(attend, q, q, q, p=0.1), ValueError, "expected p 0"),
         (partial(attend, q, q, q, op=1), ValueError, "use dinov2_fast.use_backend"),
         (partial(attend, q, q, q, torch.ones(4, 4)), TypeError, "got Tensor; use torch"),
         (partial(attend, *[q.expand(2, -1, -1, -1)] * 3, mask), ValueError, "from_tensor_list"),
         (partial(BlockDiagonalMask.from_seqlens, [3], [4]), ValueError, "kv_seqlen None or equal"),
         (partial(mask.split, q[0]), ValueError, r"split: expected tensor \[1, T"),
+        (partial(index_select_cat, [q[0]], []), ValueError, "indices for each of 1 sources, got 0"),
     ):
         with pytest.raises(error, match=words):
             call()

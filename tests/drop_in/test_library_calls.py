@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import accelerate, restore
 from dinov2_fast.drop_in import limits
-from dinov2_fast.drop_in.fast_block import FastBlock
+from tests.drop_in.same_training import (
+    assert_close,
+    assert_same_training,
+    original_and_fast,
+    tensors_of,
+)
 from tests.drop_in.their_models import (
     DROP_RATIO,
     ONE_OF_EACH,
@@ -30,47 +34,6 @@ from tests.drop_in.their_models import (
 from tests.inputs import randn
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native", "at_any_size"), *THIRD_PARTY]
-
-
-def original_and_fast(model: nn.Module) -> tuple[Any, Any]:
-    """A model, and an accelerated copy whose drop path asks the library's."""
-    fast = copy.deepcopy(model)
-    accelerate(fast, drop_path="masked")
-    return model, fast
-
-
-def tensors_of(out: Any) -> Iterator[Tensor]:
-    """The tensors of a nested output, in order."""
-    if isinstance(out, Tensor):
-        yield out
-    elif out is not None:
-        for part in out.values() if isinstance(out, dict) else out:
-            yield from tensors_of(part)
-
-
-def assert_close(found: Any, expected: Any) -> None:
-    """Equal up to rounding, tensor by tensor."""
-    pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
-    assert pairs
-    for one, other in pairs:
-        assert (one - other).norm() <= 1e-5 * other.norm()
-
-
-def assert_same_training(models: tuple[Any, Any], call: Any) -> None:
-    """Outputs, and gradients of the sum of their squares, with the same draws."""
-    outputs, gradients = [], []
-    for model in models:
-        torch.manual_seed(4)
-        model.zero_grad()
-        outputs.append(list(tensors_of(call(model))))
-        sum(out.square().sum() for out in outputs[-1]).backward()
-        named = model.named_parameters()
-        gradients.append({name: p.grad for name, p in named if p.grad is not None})
-    assert_close(outputs[1], outputs[0])
-    assert gradients[1].keys() == gradients[0].keys()
-    for name, expected in gradients[0].items():
-        if not name.endswith("k_proj.bias"):  # exactly zero: softmax does not see it
-            assert (gradients[1][name] - expected).norm() <= 1e-5 * max(expected.norm(), 1), name
 
 
 TIMM_CALLS = {
@@ -136,28 +99,15 @@ def test_feature_wrappers_of_timm():
     assert restore(models[1]) == 3
 
 
-@pytest.fixture
-def halves_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The paths of the halves of every block that does not run as its library wrote it."""
-    runs: list[Any] = []
-    run_halves = FastBlock._run
-
-    def noted(self: Any, halves: Any, paths: Any, *tokens: Any) -> Tensor:
-        runs.append(tuple(paths))
-        return run_halves(self, halves, paths, *tokens)
-
-    monkeypatch.setattr(FastBlock, "_run", noted)
-    return runs
-
-
 @pytest.mark.parametrize("kind", ["hf dinov2", "hf registers"])
 def test_hidden_states_of_transformers_with_drop_path(kind, halves_run):
     models, x = original_and_fast(make(kind, DROP_RATIO)), images(kind)
 
     assert_same_training(models, lambda model: model(x, output_hidden_states=True).hidden_states)
 
-    # transformers' own recorders stay in the attention modules.
-    assert halves_run == [("library", "owned")] * 2
+    # transformers' recorders stay in the attention modules, where these calls do not need them.
+    assert models[1].encoder.layer[0].attention._forward_hooks
+    assert halves_run == [("owned", "owned")] * 2
 
 
 def test_what_the_trainer_tells_every_layer_changes_no_path(halves_run):
@@ -171,15 +121,38 @@ def test_what_the_trainer_tells_every_layer_changes_no_path(halves_run):
     assert told == len(halves_run) - told == 2
 
 
-def test_attentions_of_transformers_leave_the_attention_halves_to_it_for_good():
-    model, x = make("hf dinov2"), images("hf dinov2")
+@pytest.mark.parametrize("asked_by", ["call", "config"])
+def test_attentions_of_transformers_are_recorded_and_later_calls_are_fast(asked_by, halves_run):
+    model, x = make("hf dinov2", DROP_RATIO), images("hf dinov2")
     model.set_attn_implementation("eager")
-    assert not accelerate(model).left
+    models = original_and_fast(model)
+    model.config.output_attentions = models[1].config.output_attentions = asked_by == "config"
+    asked = {"output_attentions": True} if asked_by == "call" else {}
 
-    model(x, output_attentions=True)
+    for _ in range(2):  # the first call leaves recorders in the attention modules
+        assert_same_training(models, lambda model: model(x, **asked).attentions)
 
-    left = accelerate(model).left
-    assert [(entry.half, "hook" in entry.reason) for entry in left] == [("attention", True)] * 2
+    # A call that asks tells so to every layer.
+    assert halves_run == ([] if asked_by == "call" else [("library", "owned")] * 4)
+    halves_run.clear()
+    model.config.output_attentions = models[1].config.output_attentions = False
+    assert_same_training(models, lambda model: run(model, x))
+    assert halves_run == [("owned", "owned")] * 2
+    assert not accelerate(models[1]).left
+
+
+def test_another_hook_beside_those_of_transformers_is_called(halves_run):
+    model, x = make("hf dinov2"), images("hf dinov2")
+    accelerate(model)
+    model(x, output_hidden_states=True)
+    seen = []
+    model.encoder.layer[0].attention.register_forward_hook(lambda *_: seen.append(1))
+    halves_run.clear()
+
+    model(x)
+
+    assert seen
+    assert halves_run == [("library", "owned"), ("owned", "owned")]
 
 
 @pytest.mark.parametrize("accelerated_first", [True, False])
