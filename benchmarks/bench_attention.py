@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import gradient_of, measure, skip_unless_available
 from benchmarks.shapes import HEAD_DIM, HEADS, cases
-from dinov2_fast.ops.attention import attention
+from dinov2_fast.ops.attention import attention, attention_reference
 from dinov2_fast.packing import Pack
 
 # (sequences, heads, tokens, D) of about as many tokens as the crops of a step, besides HEADS; one
@@ -59,6 +59,13 @@ def contender(
     if name == "torch sdpa":
         return of_torch
 
+    def of_reference(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return attention_reference(q, k, v, pack, scale=head_dim**-0.5)
+
+    if name == "compiled reference":
+        return torch.compile(of_reference, fullgraph=True)
+
     def of_ours(qkv: Tensor) -> Tensor:
         q, k, v = qkv.unbind(1)
         return attention(q, k, v, pack, backend=name)
@@ -67,7 +74,11 @@ def contender(
 
 
 # The uppermost changes first: contenders for one row are measured one after the other.
-@pytest.mark.parametrize("backend", ["reference", "torch sdpa", "native", "triton", "flash_attn"])
+@pytest.mark.filterwarnings("default")  # inductor's own warnings are no failure of a measurement
+@pytest.mark.parametrize(
+    "backend",
+    ["reference", "compiled reference", "torch sdpa", "native", "triton", "flash_attn"],
+)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("device", "shape"), HEADS + SWEEP)
@@ -79,7 +90,7 @@ def test_attention(
     dtype: torch.dtype,
     mode: str,
 ):
-    ours = "reference" if backend == "torch sdpa" else backend
+    ours = "reference" if backend in ("compiled reference", "torch sdpa") else backend
     skip_unless_available("attention", ours, device, dtype)
     sequences, heads, length, head_dim = (*shape, HEAD_DIM)[:4]
     tokens = sequences * length

@@ -15,7 +15,7 @@ import torch
 from dinov2_fast.bench.setting import StepSetting
 from dinov2_fast.bench.step import compare_steps
 
-SMALL = {"arch": "vits14", "prototypes": 8192, "batch_size": 2, "steps": 1}
+SMALL = {"arch": "vits14", "prototypes": 8192, "batch_size": 1, "steps": 1}
 LARGE = [
     {"arch": arch, "prototypes": prototypes, "dtype": dtype}
     for arch, dtype, prototypes in itertools.product(

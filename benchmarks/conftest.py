@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run benchmarks of large shapes too")
+    parser.addoption(
+        "--full", action="store_true", help="large shapes too, and the reference compiled in bf16"
+    )
     parser.addoption(
         "--rows", type=Path, metavar="FILE", help="add every row to a file of JSON lines"
     )
@@ -20,8 +23,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--full"):
         return
     for item in items:
-        if item.get_closest_marker("full"):
+        if item.get_closest_marker("full") or _compiles_in_bfloat16(item):
             item.add_marker(pytest.mark.skip(reason="--full"))
+
+
+def _compiles_in_bfloat16(item: pytest.Item) -> bool:
+    """Whether a row compiles the reference once more; that takes longer than the row."""
+    given = getattr(item, "callspec", None)
+    values = [] if given is None else given.params.values()
+    return "compiled reference" in values and torch.bfloat16 in values
 
 
 @pytest.hookimpl(trylast=True)

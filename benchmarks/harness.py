@@ -32,8 +32,8 @@ from dinov2_fast.train.memory import reuse_freed_memory
 
 WARMUP_ROUNDS = 5
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
-SECONDS_PER_ROW = 0.7  # of timed rounds, flushes between them included
-COPY_ROUNDS = 7
+SECONDS_PER_ROW = 0.5  # of timed rounds, flushes between them included
+COPY_ROUNDS = 5
 FLUSH_BYTES = 256 * 2**20  # more than the last cache of any device
 
 # Rows on the CPU run on one thread and count its own time: a busy machine's scheduler takes slices

@@ -16,6 +16,7 @@ from torch import Tensor
 
 LIBRARIES = ("OpenBLAS", "oneDNN")
 
+_MAPS = Path("/proc/self/maps")
 _SET_THREADS = ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads")
 
 
@@ -27,6 +28,8 @@ def why_no_library(name: str) -> str:
     """
     if name == "oneDNN" and not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
+    if name == "OpenBLAS" and not _MAPS.exists():
+        return f"NumPy's copy of OpenBLAS is looked for in {_MAPS}, which only Linux has"
     if name == "OpenBLAS" and _set_openblas_threads() is None:
         return "NumPy was built without OpenBLAS"
     return ""
@@ -54,7 +57,7 @@ def product_by(name: str, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
 
 def _set_openblas_threads() -> Callable[[int], object] | None:
     """OpenBLAS's function in the copy that NumPy loaded; None if there is no such copy."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+    for line in _MAPS.read_text(encoding="utf-8").splitlines():
         path = line.split(maxsplit=5)[-1]
         if "openblas" in path and "numpy" in path:
             library = ctypes.CDLL(path)

@@ -109,6 +109,35 @@ def test_lines_keep_to_their_width():
     assert not violations, "\n".join(violations)
 
 
+# Lists of instruction sets, and of the optimizer's tensors and their pieces: none grows with rows.
+LISTS_ON_THE_CPU = {"attention.cpp", "level.hpp", "optimizer.cpp"}
+
+
+def cpu_code() -> Iterator[tuple[Path, str]]:
+    """The CPU's kernels without comments and texts."""
+    for path in cpp_files():
+        if path.parent == ROOT / "csrc/cpu":
+            yield path, re.sub(r'//.*|"[^"]*"', "", path.read_text(encoding="utf-8"))
+
+
+def test_cpu_kernels_allocate_nothing():
+    allocates = r"\b\w*alloc\w*\(|\bnew\b|\bmake_(unique|shared)\b"
+    violations = [
+        f"{place(path)}: {found.group()}"
+        for path, code in cpu_code()
+        for found in re.finditer(
+            allocates if path.name in LISTS_ON_THE_CPU else rf"{allocates}|std::vector", code
+        )
+    ]
+    assert not violations, "\n".join(violations)
+
+
+def test_one_file_starts_the_threads_of_the_cpu():
+    # A forked child must not start a team, and who asks for one thread gets none: parallel.hpp.
+    starting = re.compile(r"omp parallel|std::(thread|async)|pthread")
+    assert [path.name for path, code in cpu_code() if starting.search(code)] == ["parallel.hpp"]
+
+
 def test_file_names_say_what_is_inside():
     violations = [
         place(path)

@@ -161,12 +161,11 @@ template <typename T, typename Isa> struct BackwardTask {
                     rows, s.key_columns, p.head_dim, false);
       multiply<Isa>({d_outputs, s.width, 1}, {values_across, 0, s.key_columns}, d_scores,
                     s.key_columns, rows, s.key_columns, p.head_dim, false);
-      const float* lse = p.lse + head * p.num_queries + first;
       for (int64_t row = 0; row < count; ++row) {
         prefetch_next<T>(p, next, begin + row, true);
         float* line = scores + row * s.key_columns;
         leave_out(line, s.keys, s.key_columns);
-        score_gradients<Isa::kLanes>(line, d_scores + row * s.key_columns, s.key_columns, lse[row]);
+        score_gradients<Isa::kLanes>(line, d_scores + row * s.key_columns, s.key_columns);
       }
       multiply<Isa>({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows,
                     s.width, s.keys, false);
@@ -315,7 +314,6 @@ int64_t scratch_floats(const py::kwargs& a) {
 Problem problem_of(const py::kwargs& a) {
   Problem p{};
   p.q = heads_of(a, "q"), p.k = heads_of(a, "k"), p.v = heads_of(a, "v");
-  p.lse = pointer<float>(a, "lse");
   p.query_offsets = pointer<const int32_t>(a, "query_offsets");
   p.key_offsets = pointer<const int32_t>(a, "key_offsets");
   p.scratch = pointer<float>(a, "scratch");
@@ -349,6 +347,7 @@ void start(const char* op, Problem p, const py::kwargs& a) {
 void attention_forward(const py::kwargs& a) {
   Problem p = problem_of(a);
   p.out = heads_of(a, "out");
+  p.lse = pointer<float>(a, "lse");
   start<ForwardTask, Bf16Forward>("attention_forward_cpu", p, a);
 }
 
@@ -410,5 +409,6 @@ void bind_attention_cpu(py::module_& m) {
         "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; "
         "query_offsets and key_offsets [S + 1] int32; scratch; sizes; by keyword.");
   m.def("attention_backward_cpu", &attention_backward,
-        "As forward, with d_out -> d_q, d_k, d_v, each (pointer, row stride, head stride).");
+        "As forward but for lse, with d_out -> d_q, d_k, d_v, each (pointer, row stride, head "
+        "stride).");
 }

@@ -283,7 +283,7 @@ struct Bf16Forward {
 // d_scores as rows too.
 [[gnu::always_inline]] inline void round_block(const BackwardParts& parts, const PairSizes& s,
                                                int64_t count, int64_t depth, int64_t keys,
-                                               float scale, const float* lse) {
+                                               float scale) {
   for (int64_t pair = 0; pair < depth; pair += 2) {
     float* scores = parts.scores + pair * s.key_columns;
     float* d_scores = parts.d_scores + pair * s.key_columns;
@@ -292,7 +292,7 @@ struct Bf16Forward {
       float* d_line = parts.d_scores + row * s.key_columns;
       if (row < count) {
         scale_scores(line, keys, s.key_columns, scale);
-        score_gradients<kTile>(line, d_line, s.key_columns, lse[row]);
+        score_gradients<kTile>(line, d_line, s.key_columns);
         round_row(d_line, 1.0f, s.key_columns, s.key_depth, parts.d_score_rows + row * s.key_depth);
       } else {
         std::memset(line, 0, s.key_columns * sizeof(float));
@@ -349,7 +349,7 @@ struct Bf16Backward {
     p.multiply({parts.d_outputs, s.width_depth, parts.values_across, parts.d_scores, s.key_columns,
                 rows, s.key_columns, s.width_depth, false},
                0, 0, 0);
-    round_block(parts, s, count, depth, num_keys, p.scale, p.lse + head * p.num_queries + first);
+    round_block(parts, s, count, depth, num_keys, p.scale);
     p.multiply({parts.d_score_rows, s.key_depth, parts.keys, parts.d_queries, s.width_columns, rows,
                 s.width_columns, s.key_depth, false},
                0, 0, 0);

@@ -112,14 +112,13 @@ template <typename T, int kLanes>
   unpack<T>(p.v, head, first_key, num_keys, p.head_dim, 1.0f, num_keys, width, values);
   for (int64_t i = 0; i < 2 * floats; ++i)
     d_keys[i] = 0.0f; // and d_values
-  const float* lse = p.lse + head * p.num_queries + first_query;
   for (int64_t row = 0; row < num_queries; ++row) {
     prefetch_next<T>(p, next, row, true);
     unpack<T>(p.q, head, first_query + row, 1, p.head_dim, p.scale, 1, width, query);
     unpack<T>(p.out, head, first_query + row, 1, p.head_dim, 1.0f, 1, width, d_output);
     dots<kLanes>(query, keys, num_keys, width, kNoScore, scores);
     dots<kLanes>(d_output, values, num_keys, width, 0.0f, d_scores);
-    score_gradients<kLanes>(scores, d_scores, columns, lse[row]);
+    score_gradients<kLanes>(scores, d_scores, columns);
     weighted_sum<kLanes>(d_scores, keys, num_keys, width, d_query);
     pack<T>(d_query, width, p.d_q, head, first_query + row, 1, p.head_dim, p.scale);
     add_weighted<kLanes>(d_scores, query, num_keys, width, d_keys);

@@ -27,7 +27,7 @@ template <typename T>
 struct Problem {
   Heads q, k, v, out;           // out: of the forward pass; its gradient in the backward pass
   Heads d_q, d_k, d_v;          // backward only
-  float* lse;                   // [H, Tq]
+  float* lse;                   // [H, Tq]; forward only
   const int32_t* query_offsets; // [S + 1]
   const int32_t* key_offsets;   // [S + 1]
   float* scratch;               // threads * floats_per_thread
@@ -107,22 +107,29 @@ constexpr float kNoScore = -std::numeric_limits<float>::infinity();
     scores[j] = kNoScore;
 }
 
-// Scores of one query to exp(score - largest), in place. Returns the sum.
 template <int kLanes>
-[[gnu::always_inline]] inline float exponentials(float* scores, int64_t columns, float& largest) {
-  float best[kLanes], sums[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
+[[gnu::always_inline]] inline float largest_of(const float* scores, int64_t columns) {
+  float best[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
     best[lane] = kNoScore;
-    sums[lane] = 0.0f;
-  }
   for (int64_t j = 0; j < columns; j += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane)
       best[lane] = scores[j + lane] > best[lane] ? scores[j + lane] : best[lane];
   }
-  largest = best[0];
+  float largest = best[0];
   for (int lane = 1; lane < kLanes; ++lane)
     largest = best[lane] > largest ? best[lane] : largest;
+  return largest;
+}
+
+// Scores of one query to exp(score - largest), in place. Returns the sum.
+template <int kLanes>
+[[gnu::always_inline]] inline float exponentials(float* scores, int64_t columns, float& largest) {
+  float sums[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    sums[lane] = 0.0f;
+  largest = largest_of<kLanes>(scores, columns);
   for (int64_t j = 0; j < columns; j += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -137,27 +144,36 @@ template <int kLanes>
   return sum;
 }
 
-// Scores to weights exp(score - lse), and d_weights to d_scores, in place.
+// Scores of one query to weights, and d_weights to d_scores, in place. The scores of all keys are
+// here, so nothing of the forward pass is needed, and no logarithm rounds the weights.
 template <int kLanes>
-[[gnu::always_inline]] inline void
-score_gradients(float* __restrict scores, float* __restrict gradients, int64_t columns, float lse) {
-  float sums[kLanes];
+[[gnu::always_inline]] inline void score_gradients(float* __restrict scores,
+                                                   float* __restrict gradients, int64_t columns) {
+  const float largest = largest_of<kLanes>(scores, columns);
+  float sums[kLanes], products[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
-    sums[lane] = 0.0f;
+    sums[lane] = products[lane] = 0.0f;
   for (int64_t j = 0; j < columns; j += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float weight = exp_normal_or_zero(scores[j + lane] - lse);
-      scores[j + lane] = weight;
-      sums[lane] += weight * gradients[j + lane];
+      const float e = exp_normal_or_zero(scores[j + lane] - largest);
+      scores[j + lane] = e;
+      sums[lane] += e;
+      products[lane] += e * gradients[j + lane];
     }
   }
-  float mean = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane)
-    mean += sums[lane];
+  float sum = 0.0f, product = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sum += sums[lane];
+    product += products[lane];
+  }
+  const float inverse = 1.0f / sum, mean = product * inverse;
 #pragma omp simd
-  for (int64_t j = 0; j < columns; ++j)
-    gradients[j] = scores[j] * (gradients[j] - mean);
+  for (int64_t j = 0; j < columns; ++j) {
+    const float weight = scores[j] * inverse;
+    scores[j] = weight;
+    gradients[j] = weight * (gradients[j] - mean);
+  }
 }
 
 } // namespace dinov2_fast

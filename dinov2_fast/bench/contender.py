@@ -13,7 +13,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from dinov2_fast.bench.eager.step import EagerStep
 from dinov2_fast.bench.machine import synchronize
-from dinov2_fast.bench.setting import StepSetting
+from dinov2_fast.bench.setting import FORGET_PEAK, StepSetting
 from dinov2_fast.config import OptimizerConfig, ScheduleConfig
 from dinov2_fast.data.collate import Batch
 from dinov2_fast.train.memory import reuse_freed_memory
@@ -179,7 +178,7 @@ def _reset_peak(device: str) -> float:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
+    FORGET_PEAK.write_text("5")  # VmHWM starts again at VmRSS
     return _status_mib("VmRSS")
 
 
@@ -190,7 +189,7 @@ def _peak_mib(device: str) -> float:
 
 
 def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = FORGET_PEAK.with_name("status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +23,7 @@ from dinov2_fast.errors import ConfigError
 from dinov2_fast.models.presets import ARCHITECTURES, Architecture, architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORGET_PEAK = Path("/proc/self/clear_refs")  # written to, the kernel forgets the peak of memory
 _SMALLEST = {"prototypes": 1, "batch_size": 1, "threads": 1, "steps": 1}
 
 
@@ -65,6 +68,11 @@ class StepSetting:
             raise ConfigError(f"bench: --drop-ratio must be in [0, 1), got {self.drop_ratio}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("bench: --device cuda, but torch sees no GPU; use --device cpu")
+        if self.device == "cpu" and not FORGET_PEAK.exists():
+            raise ConfigError(
+                f"bench: --device cpu reads peak memory in {FORGET_PEAK.parent}, which only Linux "
+                f"has, got {platform.system()}; use --device cuda, or `pytest benchmarks`"
+            )
         name = self.arch if self.arch in ARCHITECTURES else f"{self.arch}14"
         if architecture(name if name in ARCHITECTURES else self.arch).num_registers:
             raise ConfigError(

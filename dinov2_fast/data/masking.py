@@ -128,30 +128,3 @@ class BlockMasks:
         # The repunit in base 2^columns puts a copy of the line into each of `height` rows.
         lines = line * (((1 << (columns * height)) - 1) // ((1 << columns) - 1))
         return lines << (top * columns)
-
-
-def masked_upper_bound(
-    num_patches: int,
-    num_crops: int,
-    *,
-    probability: float = 0.5,
-    min_ratio: float = 0.1,
-    max_ratio: float = 0.5,
-) -> int:
-    """Largest number of masked patches that the 2B global crops of a batch can have together.
-
-    Args:
-        num_patches: N, patches of a crop.
-        num_crops: 2B, global crops of the local batch.
-        probability: share of the crops that are masked.
-        min_ratio: smallest share of masked patches in a masked crop.
-        max_ratio: largest share of masked patches in a masked crop.
-    """
-    masks = BlockMasks(
-        (1, num_patches),
-        num_crops=num_crops,
-        probability=probability,
-        min_ratio=min_ratio,
-        max_ratio=max_ratio,
-    )
-    return masks.upper_bound

@@ -2,9 +2,9 @@
 
 The residual stream is updated in place and its gradient is one buffer for the whole depth. A branch
 keeps, for its kept rows only: the norm's output and reciprocal deviation; queries, keys, values,
-attention output and log-sum-exp; or the hidden pre-activation. What is left out comes back in the
-backward pass: the norm's input from its output, LayerScale's gradient from that of the projection's
-weight, the activation from its input.
+attention output and, on a GPU, log-sum-exp; or the hidden pre-activation. What is left out comes
+back in the backward pass: the norm's input from its output, LayerScale's gradient from that of the
+projection's weight, the activation from its input.
 
 A tensor hook on the stream between two blocks sees that one buffer: it must copy the gradient it
 keeps, since the branches below overwrite it.
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dinov2_fast.nn.branch_plan import BranchPlan
 from dinov2_fast.ops import _matmul as matmul
+from dinov2_fast.ops._attention_kernels import backward_reads_lse
 from dinov2_fast.ops.attention import attention_backward, attention_forward
 from dinov2_fast.ops.gelu import gelu, gelu_backward_
 from dinov2_fast.ops.layer_norm import can_rebuild, layer_norm_backward_, layer_norm_forward
@@ -50,14 +51,14 @@ class AttentionBranch(torch.autograd.Function):
         normed, y, rstd = _norm_forward(x, norm_weight, norm_bias, plan, ctx.rebuild)  # [R, C]
         projected = _project(y, qkv_weight, qkv_bias, plan)
         q, k, v = _heads(projected, plan)
-        out, lse = attention_forward(
-            q, k, v, plan.pack, scale=plan.head_dim**-0.5, q_pack=_query_pack(plan)
-        )
+        layout = {"scale": plan.head_dim**-0.5, "q_pack": _query_pack(plan)}
+        out, lse = attention_forward(q, k, v, plan.pack, **layout)
+        kept_lse = lse if backward_reads_lse(q, k, v, plan.pack, **layout) else None
         branch = matmul.linear(out.flatten(1), proj_weight, proj_bias)  # [R, C]
         scatter_add_scaled_(x, branch, *plan.output, gamma)
         if plan.recompute == "block":
             projected = (None, None)
-        _keep(ctx, x, plan, parameters, (normed, rstd, out, lse, *projected))
+        _keep(ctx, x, plan, parameters, (normed, rstd, out, kept_lse, *projected))
         return x
 
     @staticmethod

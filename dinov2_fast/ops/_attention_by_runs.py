@@ -32,7 +32,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     queries: Pack,
     pack: Pack,
     scale: float,
@@ -41,13 +41,16 @@ def backward(
     d_k: Tensor,
     d_v: Tensor,
 ) -> None:
-    """Write the gradients of queries, keys and values."""
+    """Write the gradients of queries, keys and values; without lse, by the softmax again."""
     for count, rows, keys in _runs(queries, pack):
         q_i, d_out_i = _each(q[rows], count), _each(d_out[rows], count)
         k_i, v_i = _each(k[keys], count), _each(v[keys], count)
         scores = _run_scores(q[rows], k[keys], count, scale)  # [S_i, H, n, m]
-        lse_i = _each(lse[:, rows].t(), count).transpose(1, 2)  # [S_i, H, n]
-        weights = (scores - lse_i.unsqueeze(-1)).exp().to(q.dtype)
+        if lse is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            lse_i = _each(lse[:, rows].t(), count).transpose(1, 2)  # [S_i, H, n]
+            weights = (scores - lse_i.unsqueeze(-1)).exp().to(q.dtype)
         d_weights = torch.einsum("snhd,smhd->shnm", d_out_i, v_i)
         mean = (weights * d_weights).sum(dim=-1, keepdim=True)
         d_scores = weights * (d_weights - mean) * scale

@@ -74,8 +74,35 @@ def kernels_of(q: Tensor, backend: str) -> Any:
 
 
 def are_of_a_gpu(q: Tensor, backend: str) -> bool:
-    """Whether the kernels are launched by runs of sequences and read the output in the backward."""
+    """Whether kernels are launched by runs of sequences, and read out and lse in the backward."""
     return backend == "triton" or on_cuda(q)
+
+
+def backward_reads_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pack: Pack,
+    *,
+    scale: float,
+    q_pack: Pack | None = None,
+    backend: str | None = None,
+) -> bool:
+    """Whether `attention_backward` will read lse; on a CPU it has the scores of all keys at once.
+
+    Args:
+        q: [Tq, H, D] queries, as for `attention_forward`.
+        k: [T, H, D] keys.
+        v: [T, H, D] values.
+        pack: layout of the keys.
+        scale: factor on the scores.
+        q_pack: layout of the queries; None is `pack`.
+        backend: see `backends.choose_backend`.
+    Raises:
+        BackendUnavailable: the explicit backend cannot compute this call.
+    """
+    queries = pack if q_pack is None else q_pack
+    return are_of_a_gpu(q, choose(backend, queries, pack, scale=scale, q=q, k=k, v=v))
 
 
 def launches(

@@ -21,8 +21,8 @@ def forward(
     """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32, launches unused."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    common = _arguments(q, k, v, lse, q_offsets, k_offsets, scale, backward=False)
-    run_cpu("attention_forward_cpu", **common, out=_view(out))
+    common = _arguments(q, k, v, q_offsets, k_offsets, scale, backward=False)
+    run_cpu("attention_forward_cpu", **common, out=_view(out), lse=lse)
     return out, lse
 
 
@@ -32,7 +32,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor | None,
-    lse: Tensor,
+    lse: Tensor | None,
     q_offsets: Tensor,
     k_offsets: Tensor,
     launches: list[int],
@@ -42,8 +42,8 @@ def backward(
     d_k: Tensor,
     d_v: Tensor,
 ) -> None:
-    """Write the gradients of queries, keys and values; out and launches are unused."""
-    common = _arguments(q, k, v, lse, q_offsets, k_offsets, scale, backward=True)
+    """Write the gradients of queries, keys and values; out, lse and launches are unused."""
+    common = _arguments(q, k, v, q_offsets, k_offsets, scale, backward=True)
     gradients = {"d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
     views = {name: _view(tensor) for name, tensor in gradients.items()}
     run_cpu("attention_backward_cpu", **common, **views)
@@ -58,7 +58,6 @@ def _arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
     scale: float,
@@ -81,7 +80,6 @@ def _arguments(
         "q": _view(q),
         "k": _view(k),
         "v": _view(v),
-        "lse": lse,
         "query_offsets": q_offsets,
         "key_offsets": k_offsets,
         "scratch": q.new_empty(threads * floats, dtype=torch.float32),

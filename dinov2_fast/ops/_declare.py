@@ -116,8 +116,8 @@ def _refusal(name: str) -> Kernel:
     """A backward that says how to get a derivative the op does not have."""
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: this op has no derivative; "
+        raise BackendUnavailable(
+            f"{name}: expected no further derivative of what a kernel computed; "
             "backend='reference' can be differentiated any number of times"
         )
 

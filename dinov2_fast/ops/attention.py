@@ -161,7 +161,7 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     pack: Pack,
     *,
     scale: float,
@@ -180,7 +180,7 @@ def attention_backward(
         q: [Tq, H, D] queries.
         k: [T, H, D] keys.
         v: [T, H, D] values.
-        lse: [H, Tq] of the forward pass.
+        lse: [H, Tq] of the forward pass; may be None where `backward_reads_lse` says so.
         pack: layout of the keys.
         scale: factor on the scores.
         d_q: [Tq, H, D], written; may be a strided view.
@@ -192,19 +192,23 @@ def attention_backward(
         deterministic: see `attention`.
         backend: see `backends.choose_backend`.
     Raises:
-        ValueError: see `attention_forward`.
+        ValueError: see `attention_forward`; or the backend reads lse, which is None.
         BackendUnavailable: the explicit backend cannot compute this call.
     """
     queries = _query_pack("attention_backward", q, k, pack, q_pack)
     gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
     tensors = {"d_out": d_out, "q": q, "k": k, "v": v, **gradients}
     chosen = choose(backend, queries, pack, scale=scale, **tensors)
-    offsets = (queries.offsets, pack.offsets)
-    if chosen != "reference":
-        runs = launches(q, queries, pack, chosen, deterministic)
-        arguments = (d_out, q, k, v, out, lse, *offsets, runs, scale)
-        return kernels_of(q, chosen).backward(*arguments, **gradients)
-    by_runs.backward(d_out, q, k, v, lse, queries, pack, scale, **gradients)
+    if chosen == "reference":
+        return by_runs.backward(d_out, q, k, v, lse, queries, pack, scale, **gradients)
+    if lse is None and are_of_a_gpu(q, chosen):
+        raise ValueError(
+            f"attention_backward: backend {chosen!r} reads lse, got None; "
+            "choose one backend for both passes"
+        )
+    runs = launches(q, queries, pack, chosen, deterministic)
+    arguments = (d_out, q, k, v, out, lse, queries.offsets, pack.offsets, runs, scale)
+    kernels_of(q, chosen).backward(*arguments, **gradients)
 
 
 def attention_varlen(
@@ -331,7 +335,7 @@ def _backward_with(kernels: Any) -> Any:
         k: Tensor,
         v: Tensor,
         out: Tensor | None,
-        lse: Tensor,
+        lse: Tensor | None,
         offsets: Tensor,
         launches: list[int],
         scale: float,
@@ -360,12 +364,12 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs and lse, and the output for the kernels that need it."""
+    """Keep the inputs, and the output and lse for the kernels that read them."""
     q, k, v, offsets, ctx.launches, ctx.scale, ctx.backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    kept = out if are_of_a_gpu(q, ctx.backend) else None
-    ctx.save_for_backward(q, k, v, kept, lse, offsets)
+    kept = (out, lse) if are_of_a_gpu(q, ctx.backend) else (None, None)
+    ctx.save_for_backward(q, k, v, *kept, offsets)
 
 
 def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -375,7 +379,7 @@ def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ..
 
 
 _backward = declare(
-    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, "
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? lse, "
     "Tensor offsets, int[] launches, float scale, str backend) -> (Tensor, Tensor, Tensor)",
     kernels={place: _backward_with(kernels) for place, kernels in KERNELS.items()},
     fake=_backward_fake,

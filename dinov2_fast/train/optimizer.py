@@ -39,8 +39,6 @@ class ParameterGroup:
     """Whether these are prototypes, which stay frozen at first."""
     names: tuple[str, ...]
     """Names in the student, with the sub-network in front."""
-    num_parameters: int
-    """Scalars in all of them."""
 
 
 def layer_id(name: str, *, depth: int) -> int:
@@ -73,9 +71,9 @@ def parameter_groups(
         Groups in the order in which their first parameters stand in the networks.
     Source: DINOv2 training code.
     """
-    members: dict[tuple[str, float, bool, bool], list[tuple[str, int]]] = {}
+    members: dict[tuple[str, float, bool, bool], list[str]] = {}
     for sub_network, module in student.items():
-        for name, parameter in module.named_parameters():
+        for name, _ in module.named_parameters():
             multiplier = 1.0
             if sub_network == "backbone":
                 multiplier = config.layer_decay ** (depth + 1 - layer_id(name, depth=depth))
@@ -83,11 +81,8 @@ def parameter_groups(
                 multiplier *= config.patch_embed_lr_multiplier
             decays = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
             key = (sub_network, multiplier, decays, "last_layer" in name)
-            members.setdefault(key, []).append((f"{sub_network}.{name}", parameter.numel()))
-    return [
-        ParameterGroup(*key, tuple(name for name, _ in entries), sum(size for _, size in entries))
-        for key, entries in members.items()
-    ]
+            members.setdefault(key, []).append(f"{sub_network}.{name}")
+    return [ParameterGroup(*key, tuple(names)) for key, names in members.items()]
 
 
 class PretrainingOptimizer:
@@ -257,25 +252,3 @@ def build_optimizer(
         global_batch_size: images per step over all processes; scales the learning rate.
     """
     return PretrainingOptimizer(pair, optimizer, global_batch_size=global_batch_size)
-
-
-def group_table(groups: list[ParameterGroup], *, peak_lr: float) -> list[str]:
-    """Aligned lines that show every parameter group.
-
-    Args:
-        groups: of `parameter_groups`.
-        peak_lr: learning rate at the end of the warm-up, before multipliers.
-    """
-    rows = [("sub-network", "parameters", "peak lr", "decays", "frozen at first")]
-    rows += [
-        (
-            group.sub_network,
-            f"{group.num_parameters:,}",
-            f"{peak_lr * group.lr_multiplier:.4g}",
-            "yes" if group.decays else "no",
-            "yes" if group.is_last_layer else "no",
-        )
-        for group in groups
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]

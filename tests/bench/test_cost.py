@@ -5,20 +5,27 @@ Where a limit is passed on purpose, the commit that raises it says why.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import gc
+import itertools
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dinov2_fast import native
 from dinov2_fast.bench.arithmetic import fast_flops
 from dinov2_fast.bench.contender import FastStep, build, measure_saved_bytes
 from dinov2_fast.bench.eager.step import EagerStep
 from dinov2_fast.bench.setting import StepSetting
 from dinov2_fast.config import OptimizerConfig, ScheduleConfig
+from dinov2_fast.ops import _attention_native, _native_cpu
 from dinov2_fast.ops import _matmul as matmul
 from dinov2_fast.train.schedules import Schedules
 
@@ -76,6 +83,40 @@ class Products(TorchDispatchMode):
         return result
 
 
+class Kernels:
+    """Calls of the extension's functions, and bytes of the tensors that it is handed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.bytes = 0
+        for name in dir(native.module()):
+            if name.endswith("_cpu"):
+                monkeypatch.setattr(native.module(), name, self._counted(name))
+        run, view = _native_cpu.run_cpu, _attention_native._view
+
+        def measured_run(name: str, **arguments: Any) -> None:
+            self.bytes += sum(x.nbytes for x in arguments.values() if isinstance(x, Tensor))
+            run(name, **arguments)
+
+        def measured_view(tensor: Tensor) -> tuple[int, int, int]:
+            self.bytes += tensor.nbytes
+            return view(tensor)
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith("dinov2_fast.ops.") and vars(module).get("run_cpu") is run:
+                monkeypatch.setattr(module, "run_cpu", measured_run)
+        monkeypatch.setattr(_attention_native, "_view", measured_view)
+
+    def _counted(self, name: str) -> Any:
+        compute = getattr(native.module(), name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            return compute(*args, **kwargs)
+
+        return run
+
+
 def cost(step: FastStep | EagerStep, setting: StepSetting) -> Counter:
     batch = setting.batch()
     step(batch, VALUES)
@@ -86,16 +127,85 @@ def cost(step: FastStep | EagerStep, setting: StepSetting) -> Counter:
 
 def test_a_step_makes_no_more_calls_and_memory_than_before():
     counter = cost(build("fast", SETTING), SETTING)
-    calls, mib = 1200, 53
+    calls, mib = 1040, 53
     measured = f"{counter.calls} calls, {counter.bytes / 2**20:.1f} MiB"
     assert counter.calls <= calls, measured
     assert counter.bytes <= mib * 2**20, measured
 
 
-def test_a_step_writes_a_fraction_of_the_references_memory():
-    fast = cost(build("fast", SETTING), SETTING)
-    eager = cost(build("reference", SETTING), SETTING)
-    assert eager.bytes / fast.bytes > 2
+# Two blocks of the student and two of the teacher with their last norms, one head each; gradients
+# of two sub-networks in eleven groups of parameters.
+KERNELS = {
+    "layer_norm_forward_cpu": 10,
+    "layer_norm_backward_cpu": 5,
+    "attention_scratch_floats_cpu": 6,
+    "attention_forward_cpu": 4,
+    "attention_backward_cpu": 2,
+    "stochastic_depth_forward_cpu": 8,
+    "stochastic_depth_backward_cpu": 4,
+    "gelu_forward_cpu": 4,
+    "gelu_backward_cpu": 2,
+    "sinkhorn_rows_cpu": 2,
+    "cross_entropy_in_place_cpu": 2,
+    "koleo_forward_cpu": 2,
+    "koleo_backward_cpu": 2,
+    "optimizer_norm_cpu": 2,
+    "optimizer_step_cpu": 11,
+}
+
+
+def test_a_step_asks_the_kernels_for_the_same_work_as_before(monkeypatch: pytest.MonkeyPatch):
+    step, batch = build("fast", SETTING), SETTING.batch()
+    step(batch, VALUES)
+    kernels = Kernels(monkeypatch)
+    step(batch, VALUES)
+    assert kernels.calls == KERNELS
+    mib = 19.5
+    assert kernels.bytes <= mib * 2**20, f"{kernels.bytes / 2**20:.2f} MiB"
+
+
+@dataclasses.dataclass
+class Memory:
+    """What torch's allocator was asked for."""
+
+    allocations: int
+    peak_bytes: int  # beyond what lived at the start
+
+
+def memory_of(step: FastStep | EagerStep, setting: StepSetting) -> Memory:
+    """Of one step, the operators' own scratch included."""
+    batch = setting.batch()
+    step(batch, VALUES)
+    gc.collect()  # no circle of an earlier step is freed in this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(batch, VALUES)
+    found: Any = profiler.profiler
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in found.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    sizes = [size for _, size in events]
+    return Memory(
+        allocations=sum(size > 0 for size in sizes),
+        peak_bytes=max(itertools.accumulate(sizes, initial=0)),
+    )
+
+
+def test_a_step_allocates_no_more_often_and_no_more_at_once_than_before():
+    memory = memory_of(build("fast", SETTING), SETTING)
+    allocations, mib = 870, 25.5
+    measured = f"{memory.allocations} allocations, {memory.peak_bytes / 2**20:.2f} MiB at once"
+    assert memory.allocations <= allocations, measured
+    assert memory.peak_bytes <= mib * 2**20, measured
+
+
+def test_a_step_writes_and_holds_a_fraction_of_the_references_memory():
+    fast, eager = build("fast", SETTING), build("reference", SETTING)
+    assert cost(eager, SETTING).bytes > 2 * cost(fast, SETTING).bytes
+    of_ours, of_theirs = memory_of(fast, SETTING), memory_of(eager, SETTING)
+    assert of_theirs.allocations > 1.8 * of_ours.allocations
+    assert of_theirs.peak_bytes > 2 * of_ours.peak_bytes
 
 
 def test_products_are_those_that_losses_need():
@@ -106,7 +216,7 @@ def test_products_are_those_that_losses_need():
     assert 0.9 * fast_flops(SETTING) <= counter.flops <= fast_flops(SETTING)
 
 
-@pytest.mark.parametrize(("dtype", "mib"), [("fp32", 10.2), ("bf16", 14.8)])
+@pytest.mark.parametrize(("dtype", "mib"), [("fp32", 10.1), ("bf16", 5.45)])
 def test_a_step_keeps_no_more_than_before(dtype: str, mib: float):
     kept = measure_saved_bytes("fast", dataclasses.replace(SETTING, dtype=dtype))["saved_mib"]
-    assert kept <= mib
+    assert kept <= mib, f"{kept:.2f} MiB"

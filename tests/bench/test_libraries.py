@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import libraries
 from benchmarks.libraries import LIBRARIES, product_by, why_no_library
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
@@ -43,3 +44,9 @@ def test_a_library_computes_on_the_thread_whose_time_is_taken(library):
         multiply()
     own, all_threads = time.thread_time() - thread, time.process_time() - process
     assert own > 0.9 * all_threads
+
+
+def test_a_system_without_proc_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(libraries, "_MAPS", tmp_path / "maps")
+    assert "only Linux has" in why_no_library("OpenBLAS")
+    assert "Linux" not in why_no_library("oneDNN")

@@ -27,10 +27,27 @@ def test_the_readme_shows_the_measured_ratios():
     assert headline(rows()) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+# What a row of an op is not complete without.
+TIMES = ("median_us", "quartiles_us", "rounds", "warmup_rounds", "peak_mib")
+REACHED = ("gb_s", "share_of_copy_bandwidth", "tflop_s")
+
+
 def test_every_row_says_what_it_was_measured_on():
     for row in rows():
-        for key in ("hardware", "torch", "commit", "device", "dtype"):
+        for key in ("hardware", "torch", "commit", "device", "dtype", "driver"):
             assert row[key], (key, row)
+
+
+def test_every_row_of_an_op_is_complete():
+    of_ops = [row for row in rows() if "op" in row]
+    assert of_ops
+    for row in of_ops:
+        for key in ("backend", "shape", "mode", "caches", "threads", *TIMES):
+            assert row[key], (key, row)
+        low, high = row["quartiles_us"]
+        assert low <= row["median_us"] <= high
+        assert all(row[key] >= 0 for key in REACHED)
+        assert any(row[key] > 0 for key in REACHED)
 
 
 def test_a_table_of_ops_compares_with_its_baseline():

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dinov2_fast import cli
-from dinov2_fast.bench import step
+from dinov2_fast.bench import setting, step
 from dinov2_fast.bench.contender import measure_profile, measure_saved_bytes
 from dinov2_fast.bench.report import ReportError, headline, markdown, read_rows
 from dinov2_fast.bench.setting import StepSetting
@@ -227,6 +227,12 @@ def test_a_gpu_row_has_no_tuned_allocator():
     page = markdown([row])
     assert "Some GPU, torch 2.14.1" in page
     assert "speed, tuned" not in page
+
+
+def test_a_system_without_peaks_of_memory_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(setting, "FORGET_PEAK", tmp_path / "clear_refs")
+    with pytest.raises(ConfigError, match="which only Linux has, got"):
+        StepSetting(arch="debug").checked()
 
 
 def test_a_gpu_that_is_not_there_is_said():

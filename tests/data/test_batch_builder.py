@@ -12,7 +12,7 @@ from dinov2_fast.data.augmentation import MultiCrop
 from dinov2_fast.data.batch_builder import BatchBuilder, Failure, substitute_indices
 from dinov2_fast.data.datasets import open_images
 from dinov2_fast.data.decoding import decode_image
-from dinov2_fast.data.masking import BlockMasks, masked_upper_bound
+from dinov2_fast.data.masking import BlockMasks
 from dinov2_fast.data.sampler import sample_index
 from dinov2_fast.data.seeding import CROPS, MASKS, derive_seed
 from dinov2_fast.errors import DataError
@@ -59,7 +59,7 @@ def test_masks_are_those_of_the_seed_step_and_rank():
     for step, rank in ((0, 0), (5, 0), (5, 1)):
         batch = builder(Pictures(10), rank=rank, world_size=2).build(step)
         assert torch.equal(batch.masks, maker(derive_seed(3, MASKS, step, rank)))
-        assert batch.mask_indices.shape == (masked_upper_bound(16, 8),)
+        assert batch.mask_indices.shape == (maker.upper_bound,)
         assert batch.num_masked == int(batch.masks.sum())
         assert batch.step == step
 

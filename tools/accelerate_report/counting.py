@@ -172,6 +172,7 @@ def _stand_ins(counted: Counted) -> Iterator[None]:
     with (
         mock.patch.multiple(residual_branch, **{n: getattr(stand_ins, n) for n in names}),
         mock.patch.object(residual_branch, "_rebuilds", return_value=False),
+        mock.patch.object(residual_branch, "backward_reads_lse", return_value=True),
         mock.patch.object(_matmul, "has_fast_bfloat16", return_value=True),
         mock.patch.object(half_block, "draw_kept_rows", draw),
     ):

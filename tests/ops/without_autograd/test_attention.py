@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from torch import Tensor
 
 from dinov2_fast import native
+from dinov2_fast.ops._attention_kernels import are_of_a_gpu
 from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
 from dinov2_fast.packing import Pack
 from tests.inputs import DTYPES, GROUPS, leaves, make_qkv, randn, score_rounding
@@ -19,9 +22,20 @@ HEAD_DIMS = [64, 16, 72, 128, 3]  # the tuned one, the smallest, a vector and a 
 
 
 def forward_backward(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, pack: Pack, q_pack: Pack | None, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    pack: Pack,
+    q_pack: Pack | None,
+    backend: str,
+    *,
+    like: str = "",
 ) -> tuple[Tensor, ...]:
-    """Output, lse and the three gradients, the latter written into views of one tensor."""
+    """Output, lse and the three gradients, the latter written into views of one tensor.
+
+    The backward pass is given lse where `backend` reads it; the reference, where `like` does.
+    """
     out, lse = attention_forward(q, k, v, pack, scale=SCALE, q_pack=q_pack, backend=backend)
     d_kv = torch.full((k.shape[0], 2, *k.shape[1:]), torch.nan, dtype=k.dtype)
     d_q = torch.full(q.shape, torch.nan, dtype=q.dtype)
@@ -31,7 +45,7 @@ def forward_backward(
         q,
         k,
         v,
-        lse,
+        lse if are_of_a_gpu(q, like or backend) else None,
         pack,
         scale=SCALE,
         d_q=d_q,
@@ -59,8 +73,9 @@ def test_equals_the_differentiable_reference(backend, groups, dtype, head_dim):
     d_out = randn(*q.shape, dtype=dtype, seed=1)
 
     out, _, *gradients = forward_backward(q, k, v, d_out, pack, None, backend)
-    # Weights made again from a rounded logarithm are less exact than those that autograd keeps.
-    reference_out, _, *low = forward_backward(q, k, v, d_out, pack, None, "reference")
+    # Weights made again from a rounded logarithm are less exact than those of the softmax.
+    given = (q, k, v, d_out, pack, None)
+    reference_out, _, *low = forward_backward(*given, "reference", like=backend)
     low = (reference_out, *low)
     truth = by_autograd(q.double(), k.double(), v.double(), d_out.double(), pack)
 
@@ -119,6 +134,24 @@ def test_long_sequences_in_blocks_of_queries(backend):
         assert_within_error_budget(found, low_precision=one, truth=exact, name="attention")
 
 
+# The longest sequence promised; five queries see all of its keys, so that float64 has room.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_thousand_keys(backend, dtype):
+    pack, q_pack = Pack.from_lengths([8192, 3]), Pack.from_lengths([5, 2])
+    k, v = (randn(8195, 2, 16, dtype=dtype, seed=s) for s in (1, 2))
+    q, d_out = (randn(7, 2, 16, dtype=dtype, seed=s) for s in (3, 4))
+
+    found = forward_backward(q, k, v, d_out, pack, q_pack, backend)
+    low = forward_backward(q, k, v, d_out, pack, q_pack, "reference", like=backend)
+    wide = [x.double() for x in (q, k, v, d_out)]
+    truth = forward_backward(*wide, pack, q_pack, "reference")
+
+    for name, one, other, exact in zip(
+        ("out", "lse", "d_q", "d_k", "d_v"), found, low, truth, strict=True
+    ):
+        assert_within_error_budget(one, low_precision=other, truth=exact, name=name)
+
+
 def test_every_instruction_set_is_as_good(level):
     for groups in (((2, 65), (3, 17)), FEW_TOKENS):
         test_equals_the_differentiable_reference("native", groups, torch.float32, 64)
@@ -135,6 +168,30 @@ def test_threads_change_no_bit(on_native: None):
     finally:
         torch.set_num_threads(1)
     assert all(map(torch.equal, one, three))
+
+
+def test_a_backend_that_reads_lse_says_that_it_is_missing(monkeypatch):
+    pack = Pack.from_groups([(2, 3)])
+    q, k, v = make_qkv(pack)
+    gradients = {name: torch.empty_like(q) for name in ("d_q", "d_k", "d_v")}
+    monkeypatch.setattr("dinov2_fast.ops.attention.are_of_a_gpu", lambda *_: True)
+    monkeypatch.setattr("dinov2_fast.ops.attention.choose", lambda *_, **__: "triton")
+    with pytest.raises(ValueError, match="backend 'triton' reads lse, got None; choose one"):
+        attention_backward(q, q, k, v, None, pack, scale=SCALE, **gradients)
+
+
+def _bits_with_one_thread() -> list[list[float]]:
+    torch.set_num_threads(1)
+    pack = Pack.from_groups([(3, 65)])
+    q, k, v = make_qkv(pack, num_heads=3, head_dim=64)
+    return [x.tolist() for x in forward_backward(q, k, v, q, pack, None, "native")]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_computes_after_the_parent_used_threads(on_native: None):
+    test_threads_change_no_bit(on_native)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_bits_with_one_thread).get(timeout=60) == _bits_with_one_thread()
 
 
 def test_rejects_packs_that_do_not_belong_together():

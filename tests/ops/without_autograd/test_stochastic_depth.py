@@ -7,12 +7,12 @@ import torch
 
 from dinov2_fast.ops.stochastic_depth import (
     KeptRows,
-    draw_kept_rows,
     gather_scaled,
     scatter_add_scaled_,
 )
 from dinov2_fast.packing import Pack
 from tests.inputs import GROUPS, randn
+from tests.ops.test_stochastic_depth import draw, make_inputs
 from tests.tolerance import assert_within_error_budget
 
 # Types of the residual stream, and of what the branch works in.
@@ -22,22 +22,6 @@ TYPE_PAIRS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
-
-
-def draw(pack: Pack, drop_ratio: float = 0.4, seed: int = 0) -> KeptRows:
-    kept = draw_kept_rows(pack, drop_ratio, torch.Generator().manual_seed(seed))
-    assert kept is not None
-    return kept
-
-
-def make_inputs(groups: tuple, dtype: torch.dtype, device: str) -> tuple[list, KeptRows]:
-    """x, residual and gamma of a branch that drops 40 % of the sequences, and its rows."""
-    pack = Pack.from_groups(groups, device)
-    kept = draw(pack)
-    x = randn(pack.num_tokens, 24, dtype=dtype, device=device)
-    residual = randn(kept.rows.shape[0], 24, dtype=dtype, device=device, seed=1)
-    gamma = randn(24, dtype=dtype, device=device, seed=2)
-    return [x, residual, gamma], kept
 
 
 def raw_outputs(
