@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from dinov2_fast import native
+from dinov2_fast.backends import use_backend
 from dinov2_fast.ops import _triton
+from dinov2_fast.ops._attention_kernels import is_usual
 from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
 from dinov2_fast.ops.gelu import gelu, gelu_backward_
 from dinov2_fast.ops.koleo import koleo
@@ -120,3 +122,34 @@ def test_only_the_backend_that_computes_is_asked_for_its_reasons(
     monkeypatch.setattr(_triton, "triton_refusals", lambda *tensors: asked.append(tensors) or {})
     work()
     assert not asked
+
+
+X = torch.randn(4, 1, 8)
+# One thing each that sends attention by its checks and the choice of its backend.
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "an explicit backend": {"backend": "native"},
+    "no pack": {"pack": None},
+    "another number of tokens": {"pack": Pack.from_groups([(1, 5)])},
+    "a pack elsewhere": {"pack": Pack.from_groups([(1, 4)], "meta")},
+    "a shape of keys": {"k": X[:, :, :4]},
+    "a shape of values": {"v": X[:2]},
+    "a type of keys": {"k": X.bfloat16()},
+    "a type of values": {"v": X.bfloat16()},
+    "a type without kernels": dict.fromkeys("qkv", X.double()),
+    "no heads": dict.fromkeys("qkv", X[:, 0]),
+    "strided queries": {"q": X.transpose(0, 2).contiguous().transpose(0, 2)},
+    "strided keys": {"k": X.transpose(0, 2).contiguous().transpose(0, 2)},
+    "strided values": {"v": X.transpose(0, 2).contiguous().transpose(0, 2)},
+    "no head dimension": dict.fromkeys("qkv", X[:, :, :0]),
+    "an infinite scale": {"scale": float("inf")},
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_attention_is_usual_only_where_no_check_could_refuse(name: str):
+    usual = {"q": X, "k": X, "v": X, "pack": Pack.from_groups([(1, 4)])}
+    usual |= {"scale": None, "backend": None}
+    assert is_usual(**usual)
+    assert not is_usual(**(usual | UNUSUAL[name]))
+    with use_backend("reference"):
+        assert not is_usual(**usual)
