@@ -73,6 +73,8 @@ DTYPES: dict[tuple[str, str, str], tuple[torch.dtype, ...]] = {
     ("optimizer", "triton", "cuda"): (torch.float32,),
 }
 
+_REFERENCE = ("reference",)  # the order on other device types
+
 Refusals = Mapping[str, str] | Callable[[str], str]
 
 _logger = logging.getLogger("dinov2_fast")
@@ -131,6 +133,20 @@ def choose_backend(
     return _chosen(op, tensor.device.type, tensor.dtype, requested, reasons, first)
 
 
+def native_is_chosen_on_cpu(op: str) -> bool:
+    """Whether automatic choice takes native kernels for what they compute of tensors of the CPU.
+
+    For calls too short for `choose_backend`; where it says no, that one says why.
+    """
+    return (
+        _forced is None
+        and environment.leaves_choice_to_table()
+        and not native.cuda_on_cpu
+        and PREFERENCE[op]["cpu"][0] == "native"
+        and not _why_not(op, "native", "cpu")
+    )
+
+
 def availability(op: str, device_type: str) -> dict[str, str]:
     """Backend -> "" when it can compute the op on this device type here, else why not."""
     return {name: _why_not(op, name, device_type) for name in BACKENDS}
@@ -147,7 +163,7 @@ def order_of(op: str, device_type: str, first: str | None = None) -> tuple[str, 
         The table from the backend on that DINOV2_FAST_PREFER names, then what stands before it:
         who prefers native kernels gets Triton's where those are missing, and then the reference.
     """
-    order = PREFERENCE[op].get(device_type, ("reference",))
+    order = PREFERENCE[op].get(device_type, _REFERENCE)
     preferred = environment.preferred_backend()
     if preferred in order:
         at = order.index(preferred)
@@ -183,7 +199,9 @@ def _choose(
     first: str | None,
 ) -> str:
     """`choose_backend` with a function that says why a backend is ruled out, or ""."""
-    explicit = requested if requested is not None else environment.backend()
+    # Whoever sets no variable, as most do, pays for one look at the environment and not for three.
+    free = requested is None and environment.leaves_choice_to_table()
+    explicit = requested if free or requested is not None else environment.backend()
     if explicit is not None:
         _check_name(op, explicit)
         reason = _why_not_this_call(op, explicit, device_type, dtype, refused)
@@ -198,9 +216,12 @@ def _choose(
                 f"available: {', '.join(usable)}"
             )
         return explicit
-    if op in environment.disabled_kernels():
-        return "reference"
-    for name in order_of(op, device_type, first):
+    order = PREFERENCE[op].get(device_type, _REFERENCE)
+    if not free or first is not None:
+        if op in environment.disabled_kernels():
+            return "reference"
+        order = order_of(op, device_type, first)
+    for name in order:
         reason = _why_not_this_call(op, name, device_type, dtype, refused)
         if not reason:
             return name

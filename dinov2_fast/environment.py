@@ -95,6 +95,16 @@ def value(variable: Variable) -> str:
     return text
 
 
+def leaves_choice_to_table() -> bool:
+    """Whether none of the variables is set that the choice of an op's backend depends on."""
+    known = getattr(os.environ, "_data", None)
+    return known is not None and not (
+        _ENCODED_NAMES[BACKEND.name] in known
+        or _ENCODED_NAMES[PREFER.name] in known
+        or _ENCODED_NAMES[DISABLE_KERNELS.name] in known
+    )
+
+
 def backend() -> str | None:
     """Backend that the environment asks for; None leaves the choice to the preference table."""
     text = value(BACKEND)

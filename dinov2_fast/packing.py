@@ -108,12 +108,18 @@ class Pack:
     @property
     def num_sequences(self) -> int:
         """S, the number of sequences."""
-        return sum(count for count, _ in self.groups)
+        total = 0
+        for count, _ in self.groups:  # a loop, as generators cost what every call asks
+            total += count
+        return total
 
     @property
     def num_tokens(self) -> int:
         """T, the tokens of all sequences."""
-        return sum(self.group_tokens)
+        total = 0
+        for count, length in self.groups:
+            total += count * length
+        return total
 
     @property
     def max_length(self) -> int:

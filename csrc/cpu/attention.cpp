@@ -12,7 +12,6 @@
 #include "cpu/bf16_products.hpp"
 #include "cpu/float_products.hpp"
 #include "cpu/rows.hpp"
-#include "keywords.hpp"
 
 #include <pybind11/stl.h>
 
@@ -250,6 +249,18 @@ template <template <typename, typename> class Task, typename T> auto task_at(Lev
   return at_level<Task<T, Baseline>, Problem>(level);
 }
 
+// Scratch that a task has on its thread's stack where nobody gives it any: allocating it would take
+// as long as a head of a few tokens. Enough for the forward pass of 50 tokens with heads of 64.
+constexpr int64_t kStackFloats = 16 * 1024;
+
+template <typename Body>
+void run_on_stack(const Body& body, const Problem& p, int64_t task, int64_t thread, int64_t next) {
+  alignas(64) float scratch[kStackFloats];
+  Problem own = p;
+  own.scratch = scratch, own.floats_per_thread = 0;
+  body(own, task, thread, next);
+}
+
 template <template <typename, typename> class Task, typename Bf16Task>
 void launch(const char* op, const Problem& p, const Work& work) {
   with_float_type(op, "q", work.dtype, [&](auto type) {
@@ -257,14 +268,19 @@ void launch(const char* op, const Problem& p, const Work& work) {
     auto* body = task_at<Task, T>(work.level);
     if (p.multiply != nullptr)
       body = at_level<Bf16Task, Problem>(work.level);
-    parallel_tasks(
-        work.sequences * p.heads, work.threads,
-        [&](int64_t task, int64_t thread, int64_t next) { body(p, task, thread, next); });
+    parallel_tasks(work.sequences * p.heads, work.threads,
+                   [&](int64_t task, int64_t thread, int64_t next) {
+                     if (p.scratch == nullptr)
+                       run_on_stack(body, p, task, thread, next);
+                     else
+                       body(p, task, thread, next);
+                   });
   });
 }
 
-Heads heads_of(const py::kwargs& a, const char* name) {
-  const auto view = keyword<py::tuple>(a, name);
+// A [T, H, D] tensor as (pointer, row stride, head stride).
+Heads heads_of(const py::handle& tensor) {
+  const auto view = tensor.cast<py::tuple>();
   return {reinterpret_cast<void*>(view[0].cast<uintptr_t>()), view[1].cast<int64_t>(),
           view[2].cast<int64_t>()};
 }
@@ -295,67 +311,47 @@ int64_t longest_of(const int32_t* offsets, int64_t sequences) {
   return longest;
 }
 
-int64_t scratch_floats(const py::kwargs& a) {
-  constexpr const char* op = "attention_scratch_floats_cpu";
-  const Work work =
-      choose_work(op, keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level"));
-  const auto sequences = keyword<int64_t>(a, "sequences");
-  const auto* query_offsets = pointer<const int32_t>(a, "query_offsets");
-  const auto* key_offsets = pointer<const int32_t>(a, "key_offsets");
+// Checks, lets go of the GIL and runs. Returns 0, or the floats of scratch that a thread needs
+// where it was given fewer: then nothing was computed. Arguments have an order, since looking up
+// twenty names takes as long as a head of a few tokens.
+template <template <typename, typename> class Task, typename Bf16Task, bool kBackward>
+int64_t attention(const py::tuple& tensors, uintptr_t lse, uintptr_t query_offsets,
+                  uintptr_t key_offsets, int64_t sequences, int64_t num_queries, int64_t heads,
+                  int64_t head_dim, float scale, const std::string& dtype, int64_t threads,
+                  const std::string& level, uintptr_t scratch, int64_t floats_per_thread) {
+  constexpr const char* op = kBackward ? "attention_backward_cpu" : "attention_forward_cpu";
+  constexpr size_t kTensors = kBackward ? 7 : 4;
+  if (tensors.size() != kTensors)
+    refuse(op, "expected " + std::to_string(kTensors) + " tensors, got " +
+                   std::to_string(tensors.size()));
   require_not_negative(op, "sequences", sequences);
-  require_pointer(op, "query_offsets", query_offsets);
-  require_pointer(op, "key_offsets", key_offsets);
-  return (work.products == Products::none ? float_scratch_floats : pair_scratch_floats)(
-      longest_of(query_offsets, sequences), longest_of(key_offsets, sequences),
-      keyword<int64_t>(a, "head_dim"), keyword<bool>(a, "backward"));
-}
-
-// What both directions take.
-Problem problem_of(const py::kwargs& a) {
+  require_not_negative(op, "num_queries", num_queries);
+  require_not_negative(op, "heads", heads);
+  require_positive(op, "head_dim", head_dim);
+  require_positive(op, "threads", threads);
+  Work work = choose_work(op, dtype, level);
+  work.sequences = sequences, work.threads = threads;
   Problem p{};
-  p.q = heads_of(a, "q"), p.k = heads_of(a, "k"), p.v = heads_of(a, "v");
-  p.query_offsets = pointer<const int32_t>(a, "query_offsets");
-  p.key_offsets = pointer<const int32_t>(a, "key_offsets");
-  p.scratch = pointer<float>(a, "scratch");
-  p.floats_per_thread = keyword<int64_t>(a, "floats_per_thread");
-  p.num_queries = keyword<int64_t>(a, "num_queries");
-  p.heads = keyword<int64_t>(a, "heads");
-  p.head_dim = keyword<int64_t>(a, "head_dim");
-  p.scale = keyword<float>(a, "scale");
-  return p;
-}
-
-// Reads how to run, checks, lets go of the GIL and runs.
-template <template <typename, typename> class Task, typename Bf16Task>
-void start(const char* op, Problem p, const py::kwargs& a) {
-  Work work = choose_work(op, keyword<std::string>(a, "dtype"), keyword<std::string>(a, "level"));
-  work.sequences = keyword<int64_t>(a, "sequences");
-  work.threads = keyword<int64_t>(a, "threads");
+  p.q = heads_of(tensors[0]), p.k = heads_of(tensors[1]), p.v = heads_of(tensors[2]);
+  p.out = heads_of(tensors[3]);
+  if (kBackward)
+    p.d_q = heads_of(tensors[4]), p.d_k = heads_of(tensors[5]), p.d_v = heads_of(tensors[6]);
+  p.lse = reinterpret_cast<float*>(lse);
+  p.query_offsets = reinterpret_cast<const int32_t*>(query_offsets);
+  p.key_offsets = reinterpret_cast<const int32_t*>(key_offsets);
+  p.scratch = reinterpret_cast<float*>(scratch), p.floats_per_thread = floats_per_thread;
+  p.num_queries = num_queries, p.heads = heads, p.head_dim = head_dim, p.scale = scale;
   p.multiply = multiply_on(work.products);
-  require_not_negative(op, "sequences", work.sequences);
-  require_not_negative(op, "num_queries", p.num_queries);
-  require_not_negative(op, "heads", p.heads);
-  require_positive(op, "head_dim", p.head_dim);
-  require_positive(op, "threads", work.threads);
   require_pointer(op, "query_offsets", p.query_offsets);
   require_pointer(op, "key_offsets", p.key_offsets);
-  require_pointer(op, "scratch", p.scratch);
+  const auto scratch_floats = p.multiply == nullptr ? float_scratch_floats : pair_scratch_floats;
+  const int64_t needed = scratch_floats(longest_of(p.query_offsets, sequences),
+                                        longest_of(p.key_offsets, sequences), head_dim, kBackward);
+  if (needed > (p.scratch == nullptr ? kStackFloats : floats_per_thread))
+    return needed;
   const py::gil_scoped_release released;
   launch<Task, Bf16Task>(op, p, work);
-}
-
-void attention_forward(const py::kwargs& a) {
-  Problem p = problem_of(a);
-  p.out = heads_of(a, "out");
-  p.lse = pointer<float>(a, "lse");
-  start<ForwardTask, Bf16Forward>("attention_forward_cpu", p, a);
-}
-
-void attention_backward(const py::kwargs& a) {
-  Problem p = problem_of(a);
-  p.out = heads_of(a, "d_out");
-  p.d_q = heads_of(a, "d_q"), p.d_k = heads_of(a, "d_k"), p.d_v = heads_of(a, "d_v");
-  start<BackwardTask, Bf16Backward>("attention_backward_cpu", p, a);
+  return 0;
 }
 
 bool defined_products_agree(const std::string& level, int64_t damaged) {
@@ -391,9 +387,6 @@ choose_bf16_products(const std::vector<std::string>& names, const std::vector<st
 
 void bind_attention_cpu(py::module_& m) {
   using namespace dinov2_fast;
-  m.def("attention_scratch_floats_cpu", &scratch_floats,
-        "Floats of scratch that one thread needs: query_offsets and key_offsets [S + 1] int32; "
-        "sequences, head_dim, backward, dtype, level.");
   m.def(
       "wrong_bf16_products_cpu", [] { return names_of(tried_levels().wrong); },
       "Instruction sets of this processor whose products of bf16 matrices come out wrong.");
@@ -405,10 +398,18 @@ void bind_attention_cpu(py::module_& m) {
         "(level, whether it multiplies bf16 matrices) for each name that calls ask for, one after "
         "the other, on a processor with some levels, of which some come out wrong.",
         py::arg("names"), py::arg("levels"), py::arg("wrong"));
-  m.def("attention_forward_cpu", &attention_forward,
-        "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; "
-        "query_offsets and key_offsets [S + 1] int32; scratch; sizes; by keyword.");
-  m.def("attention_backward_cpu", &attention_backward,
-        "As forward but for lse, with d_out -> d_q, d_k, d_v, each (pointer, row stride, head "
-        "stride).");
+  const auto bind = [&m](const char* name, auto run, const char* what) {
+    m.def(name, run, what, py::arg("tensors"), py::arg("lse"), py::arg("query_offsets"),
+          py::arg("key_offsets"), py::arg("sequences"), py::arg("num_queries"), py::arg("heads"),
+          py::arg("head_dim"), py::arg("scale"), py::arg("dtype"), py::arg("threads"),
+          py::arg("level"), py::arg("scratch") = 0, py::arg("floats_per_thread") = 0);
+  };
+  bind(
+      "attention_forward_cpu", &attention<ForwardTask, Bf16Forward, false>,
+      "q, k, v -> out, each (pointer, row stride, head stride); lse [H, Tq] float32; query_offsets "
+      "and key_offsets [S + 1] int32. Scratch of each thread, or a null pointer for that of its "
+      "stack. Returns 0, or how many floats of scratch a thread needs where it has fewer: then "
+      "nothing was computed.");
+  bind("attention_backward_cpu", &attention<BackwardTask, Bf16Backward, true>,
+       "As forward, with q, k, v, d_out -> d_q, d_k, d_v; lse is not read and may be null.");
 }

@@ -30,7 +30,7 @@ struct Problem {
   float* lse;                   // [H, Tq]; forward only
   const int32_t* query_offsets; // [S + 1]
   const int32_t* key_offsets;   // [S + 1]
-  float* scratch;               // threads * floats_per_thread
+  float* scratch;               // threads * floats_per_thread; null: of the stack
   int64_t floats_per_thread, num_queries, heads, head_dim;
   float scale;
   MultiplyFunction multiply; // of bf16 matrices; null where products are float

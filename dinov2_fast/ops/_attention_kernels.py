@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2_fast import flash_attention, native
-from dinov2_fast.backends import choose_backend
+from dinov2_fast.backends import choose_backend, native_is_chosen_on_cpu
 from dinov2_fast.ops import _attention_cuda as cuda_kernels
 from dinov2_fast.ops import _attention_flash_attn as flash_attn_kernels
 from dinov2_fast.ops import _attention_native as native_kernels
 from dinov2_fast.ops import _attention_triton as triton_kernels
-from dinov2_fast.ops._native_cpu import on_cuda
+from dinov2_fast.ops._native_cpu import FLOATS, on_cuda
 from dinov2_fast.ops._native_cpu import refusals as native_refusals
 from dinov2_fast.packing import Pack
 
@@ -30,6 +32,40 @@ KERNELS: dict[tuple[str, str], Any] = {
     ("triton", "cuda"): triton_kernels,
     ("flash_attn", "cuda"): flash_attn_kernels,
 }
+_NO_TENSORS: dict[str, Tensor] = {}
+
+
+def is_usual(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float | None, backend: str | None
+) -> bool:
+    """Whether a call passes every check, and automatic choice takes native kernels of the CPU.
+
+    In one look, for calls of a few tokens: checks and choice take longer than their kernel.
+    """
+    if backend is not None or torch.compiler.is_compiling() or type(pack) is not Pack:
+        return False
+    if not type(q) is type(k) is type(v) is Tensor:
+        return False
+    shape, dtype = q.shape, q.dtype
+    return (
+        q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and pack.offsets.is_cpu
+        and dtype in FLOATS
+        and k.dtype == dtype
+        and v.dtype == dtype
+        and len(shape) == 3
+        and k.shape == shape
+        and v.shape == shape
+        and shape[0] == pack.num_tokens
+        and shape[2] > 0
+        and q.stride()[2] == 1
+        and k.stride()[2] == 1
+        and v.stride()[2] == 1
+        and (scale is None or math.isfinite(scale))
+        and native_is_chosen_on_cpu("attention")
+    )
 
 
 def choose(
@@ -47,16 +83,31 @@ def choose(
     q, first = tensors["q"], None
     if on_cuda(q) and max(queries.max_length, keys.max_length) > SHORT and _has_flash_attn_3():
         first = "flash_attn"
-    refused = refusals(scale, **tensors)
+    refused = functools.partial(why_not, scale=scale, tensors=tensors)
     return choose_backend("attention", q, backend, refusals=refused, first=first)
 
 
-def refusals(scale: float, **tensors: Tensor) -> dict[str, str]:
-    """Why the scale, or types, head dimension or layouts of [T, H, D] tensors rule out backends."""
-    refused = triton_kernels.refusals(**tensors)
-    if on_cuda(tensors["q"]):
-        refused |= cuda_kernels.refusals(**tensors) | flash_attn_kernels.refusals(scale, **tensors)
-    return refused | native_refusals(tensors, {})
+def why_not(backend: str, *, scale: float, tensors: dict[str, Tensor]) -> str:
+    """Why the scale, or types, head dimension or layouts of [T, H, D] tensors rule a backend out.
+
+    Args:
+        backend: of which `choose_backend` asks.
+        scale: factor on the scores.
+        tensors: by name, q among them.
+    Returns:
+        The reason, or "".
+    """
+    if backend == "triton":
+        refused = triton_kernels.refusals(**tensors)
+    elif backend == "native":
+        refused = native_refusals(tensors, _NO_TENSORS)
+        if not refused and on_cuda(tensors["q"]):
+            refused = cuda_kernels.refusals(**tensors)
+    elif backend == "flash_attn" and on_cuda(tensors["q"]):
+        refused = flash_attn_kernels.refusals(scale, **tensors)
+    else:
+        return ""
+    return refused[backend] if refused else ""
 
 
 def _has_flash_attn_3() -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dinov2_fast import environment, native
-from dinov2_fast.ops._native_cpu import Argument, dtype_name, run_cpu
+from dinov2_fast.ops._native_cpu import dtype_name
 
 
 def forward(
@@ -19,10 +21,9 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, H, D] and lse [H, Tq] float32; offsets are [S + 1] int32, launches unused."""
-    out = q.new_empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    common = _arguments(q, k, v, q_offsets, k_offsets, scale, backward=False)
-    run_cpu("attention_forward_cpu", **common, out=_view(out), lse=lse)
+    _run("attention_forward_cpu", (q, k, v, out), lse, q_offsets, k_offsets, scale)
     return out, lse
 
 
@@ -43,52 +44,41 @@ def backward(
     d_v: Tensor,
 ) -> None:
     """Write the gradients of queries, keys and values; out, lse and launches are unused."""
-    common = _arguments(q, k, v, q_offsets, k_offsets, scale, backward=True)
-    gradients = {"d_out": d_out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
-    views = {name: _view(tensor) for name, tensor in gradients.items()}
-    run_cpu("attention_backward_cpu", **common, **views)
+    tensors = (q, k, v, d_out, d_q, d_k, d_v)
+    _run("attention_backward_cpu", tensors, None, q_offsets, k_offsets, scale)
 
 
-def _view(tensor: Tensor) -> tuple[int, int, int]:
-    """Pointer, row stride and head stride of [T, H, D]."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def _run(name: str, *common: Any) -> None:
+    """Call the extension, with memory for every thread where that of its stack does not suffice."""
+    run, arguments = getattr(native.module(), name), _arguments(*common)
+    floats = run(*arguments)
+    if floats:
+        num_floats = torch.get_num_threads() * floats
+        scratch = torch.empty(num_floats, dtype=torch.float32, device="cpu")
+        run(*arguments, scratch.data_ptr(), floats)
 
 
 def _arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tensors: tuple[Tensor, ...],
+    lse: Tensor | None,
     q_offsets: Tensor,
     k_offsets: Tensor,
     scale: float,
-    *,
-    backward: bool,
-) -> dict[str, Argument]:
-    """What both kernels take, with memory for every thread."""
-    sequences, threads = q_offsets.shape[0] - 1, torch.get_num_threads()
-    num_queries, heads, head_dim = q.shape
-    floats = native.module().attention_scratch_floats_cpu(
-        query_offsets=q_offsets.data_ptr(),
-        key_offsets=k_offsets.data_ptr(),
-        sequences=sequences,
-        head_dim=head_dim,
-        backward=backward,
-        dtype=dtype_name(q),
-        level=environment.cpu_level(),
+) -> tuple[Any, ...]:
+    """What the extension takes, in its order, up to scratch; q is the first of the tensors."""
+    views: list[tuple[int, int, int]] = []
+    for tensor in tensors:
+        row_stride, head_stride, _ = tensor.stride()
+        views.append((tensor.data_ptr(), row_stride, head_stride))
+    return (
+        tuple(views),
+        0 if lse is None else lse.data_ptr(),
+        q_offsets.data_ptr(),
+        k_offsets.data_ptr(),
+        q_offsets.shape[0] - 1,
+        *tensors[0].shape,
+        scale,
+        dtype_name(tensors[0]),
+        torch.get_num_threads(),
+        environment.cpu_level(),
     )
-    return {
-        "q": _view(q),
-        "k": _view(k),
-        "v": _view(v),
-        "query_offsets": q_offsets,
-        "key_offsets": k_offsets,
-        "scratch": q.new_empty(threads * floats, dtype=torch.float32),
-        "floats_per_thread": floats,
-        "sequences": sequences,
-        "num_queries": num_queries,
-        "heads": heads,
-        "head_dim": head_dim,
-        "scale": scale,
-        "dtype": dtype_name(q),
-        "threads": threads,
-    }

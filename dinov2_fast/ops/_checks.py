@@ -38,6 +38,25 @@ def check_tensor(op: str, name: str, tensor: Tensor, *shape: int | str) -> None:
         raise TypeError(f"{op}: {name} must be of a floating-point type, got {tensor.dtype}")
 
 
+def check_like(op: str, like_name: str, like: Tensor, **tensors: Tensor) -> None:
+    """Refuse tensors that differ from one that was checked in shape, dtype or device.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating-point type.
+        ValueError: another shape, dtype or device.
+    """
+    shape, dtype, device = like.shape, like.dtype, like.device
+    for name, tensor in tensors.items():
+        # One look where all is well; only what is not pays for finding out why.
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:  # pyright: ignore[reportUnnecessaryIsInstance]
+            check_tensor(op, name, tensor, *shape)
+            raise ValueError(
+                f"{op}: {name} must have the dtype of {like_name} {dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+
+
 def check_device(op: str, expected: torch.device, **tensors: Tensor | Pack | None) -> None:
     """Refuse arguments that live on another device than the op's first one.
 
@@ -63,7 +82,8 @@ def check_pack(op: str, pack: Pack, tokens: Tensor) -> None:
             f"{op}: pack must have the {tokens.shape[0]} tokens of its tensor, "
             f"got {pack.num_tokens}"
         )
-    check_device(op, tokens.device, pack=pack)
+    if pack.device != tokens.device:
+        raise ValueError(f"{op}: pack must be on {tokens.device}, got {pack.device}")
 
 
 def check_rows(op: str, name: str, rows: Tensor, device: torch.device) -> None:

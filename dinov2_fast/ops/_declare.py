@@ -1,17 +1,21 @@
 """Registers ops with torch so that compile, export, FSDP and autograd treat them as built in.
 
 `Library.define` and `impl` cost a quarter of `custom_op` per call, which counts when a step makes
-hundreds of calls.
+hundreds of calls. The dispatcher itself takes three times as long as a kernel of a few tokens, and
+all it would find on the CPU is the kernel: a call that nothing watches goes to the kernel directly.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.overrides import has_torch_function
 
 from dinov2_fast import native
 from dinov2_fast.errors import BackendUnavailable
@@ -21,6 +25,9 @@ Kernel = Callable[..., Any]
 # Any: torch.library is annotated in parts only.
 _library: Any = torch.library
 _LIBRARY = _library.Library("dinov2_fast", "FRAGMENT")
+_torch: Any = torch
+_C, _autograd = _torch._C, _torch.autograd
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def declare(
@@ -31,7 +38,7 @@ def declare(
     setup_context: Kernel | None = None,
     backward: Kernel | None = None,
 ) -> Any:
-    """Register `torch.ops.dinov2_fast.<name>` and return the callable overload.
+    """Register `torch.ops.dinov2_fast.<name>` and return what calls it.
 
     Args:
         schema: in torch's notation without the namespace; the last argument is `str backend`, so
@@ -42,12 +49,14 @@ def declare(
         backward: (ctx, *output gradients) -> one gradient or None for each argument of the schema.
             An op without one refuses to be differentiated.
     Returns:
-        The op; call it with every argument of the schema.
+        The call of the op, with every argument of the schema; the first is a tensor.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
-    for device_type in dict.fromkeys(device for _, device in kernels):
-        _LIBRARY.impl(name, _dispatcher(name, device_type, kernels), device_type.upper())
+    devices = dict.fromkeys(device for _, device in kernels)
+    runs = {device: _dispatcher(name, device, kernels) for device in devices}
+    for device, run_on_device in runs.items():
+        _LIBRARY.impl(name, run_on_device, device.upper())
     qualified = f"dinov2_fast::{name}"
 
     def without_backend(*arguments: Any) -> Any:
@@ -57,13 +66,57 @@ def declare(
     if ("triton", "cuda") in kernels:
         traced = _traced(kernels["triton", "cuda"])
         _library.register_torch_dispatch(qualified, FunctionalTensorMode, traced, lib=_LIBRARY)
-    _library.register_autograd(
-        qualified,
-        backward if backward is not None else _refusal(name),
-        setup_context=setup_context,
-        lib=_LIBRARY,
+    gradients = backward if backward is not None else _refusal(name)
+    _library.register_autograd(qualified, gradients, setup_context=setup_context, lib=_LIBRARY)
+    op = getattr(torch.ops.dinov2_fast, name).default
+    run = runs["cpu"]
+    node = _node(name, run, setup_context, gradients)
+    schema_types = [str(argument.type) for argument in op._schema.arguments]
+    tensors = operator.itemgetter(*[i for i, t in enumerate(schema_types) if "Tensor" in t], 0)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not nothing_watches(tensors(arguments)):
+            return op(*arguments)
+        if torch.is_grad_enabled() and _C._any_requires_grad(*arguments):
+            return node.apply(*arguments)
+        return run(*arguments)
+
+    return call
+
+
+def nothing_watches(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the dispatcher would find nothing but autograd and a kernel of the CPU for a call.
+
+    Args:
+        tensors: that an op takes.
+    Returns:
+        False under a tracer, transform, mode or profiler, for subclasses and other devices.
+    """
+    if has_torch_function(tensors):
+        return False
+    for each in tensors:  # a loop, as generators cost what every call asks
+        if each is not None and not (type(each) in _PLAIN_TENSORS and each.is_cpu):
+            return False
+    return not (
+        _C._len_torch_dispatch_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._is_tracing()
+        or _autograd._profiler_enabled()
+        or _autograd.forward_ad._current_level >= 0
     )
-    return getattr(torch.ops.dinov2_fast, name).default
+
+
+def _node(name: str, run: Kernel, setup_context: Kernel | None, backward: Kernel) -> Any:
+    """The autograd function of calls that do without the dispatcher, as it would make one."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        outputs = run(*arguments)
+        if setup_context is not None:
+            setup_context(ctx, arguments, outputs)
+        return outputs
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def _dispatcher(name: str, device_type: str, kernels: Mapping[tuple[str, str], Kernel]) -> Kernel:

@@ -18,6 +18,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 _CUDA_FLOATS = (*FLOATS, torch.float16)
 # What `declare` wants for a function that serves both devices.
 NATIVE_DEVICES = (("native", "cpu"), ("native", "cuda"))
+# Most arguments; asking each whether it is a tensor takes longer than calling a small kernel.
+_AS_THEY_ARE = frozenset((bool, int, float, str, tuple))
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _CUDA_FLOATS}
 
 Argument: TypeAlias = Tensor | float | str | tuple[int, ...] | None
@@ -34,6 +36,8 @@ def run_cpu(name: str, **arguments: Argument) -> None:
     # A copy: `arguments` alone may keep a tensor alive that was made for this call.
     plain: dict[str, Any] = dict(arguments)
     for key, value in arguments.items():
+        if type(value) in _AS_THEY_ARE:
+            continue
         if value is None:
             plain[key] = 0
         elif isinstance(value, Tensor):
@@ -80,7 +84,7 @@ def refusals(
 
 def on_cuda(tensor: Tensor) -> bool:
     """Whether native kernels compute on a tensor as on a GPU."""
-    return native.kernels_for(tensor.device.type) == "cuda"
+    return tensor.is_cuda or (native.cuda_on_cpu and tensor.is_cpu)
 
 
 def native_floats(tensor: Tensor) -> tuple[torch.dtype, ...]:

@@ -13,10 +13,17 @@ from dinov2_fast.ops._attention_kernels import (
     KERNELS,
     are_of_a_gpu,
     choose,
+    is_usual,
     kernels_of,
     launches,
 )
-from dinov2_fast.ops._checks import accumulation_dtype, check_device, check_pack, check_tensor
+from dinov2_fast.ops._checks import (
+    accumulation_dtype,
+    check_device,
+    check_like,
+    check_pack,
+    check_tensor,
+)
 from dinov2_fast.ops._declare import declare
 from dinov2_fast.ops._native_cpu import adjacent_columns
 from dinov2_fast.packing import Pack, check_cu_seqlens, unpack_tokens
@@ -76,6 +83,9 @@ def attention(
         BackendUnavailable: the explicit backend cannot compute this call.
     Source: block-diagonal masks of xFormers' memory-efficient attention, as DINOv2 uses them.
     """
+    if is_usual(q, k, v, pack, scale, backend):
+        scale = float(q.shape[2]) ** -0.5 if scale is None else scale
+        return _forward(q, k, v, pack.offsets, [], scale, "native")[0]
     scale = _check("attention", q, k, v, pack, scale)
     chosen = choose(backend, pack, pack, scale=scale, q=q, k=k, v=v)
     if chosen == "reference":
@@ -287,16 +297,13 @@ def _heads_first(x: Tensor, pack: Pack) -> list[Tensor]:
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float | None) -> float:
     """Refuse wrong arguments; the scale to use."""
     check_tensor(op, "q", q, "T", "H", "D")
-    for name, tensor in (("k", k), ("v", v)):
-        check_tensor(op, name, tensor, *q.shape)
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{op}: {name} must have the dtype of q {q.dtype}, got {tensor.dtype}")
-    check_device(op, q.device, k=k, v=v)
+    check_like(op, "q", q, k=k, v=v)
     check_pack(op, pack, q)
-    if q.shape[2] == 0:
+    head_dim = q.shape[2]
+    if head_dim == 0:
         raise ValueError(f"{op}: head dimension must be at least 1, got q {tuple(q.shape)}")
     if scale is None:
-        return float(q.shape[2]) ** -0.5
+        return float(head_dim) ** -0.5
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     return scale
@@ -368,12 +375,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, offsets, ctx.launches, ctx.scale, ctx.backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or lse gets a gradient of zeros in every backward pass
     kept = (out, lse) if are_of_a_gpu(q, ctx.backend) else (None, None)
     ctx.save_for_backward(q, k, v, *kept, offsets)
 
 
-def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, d_out: Tensor | None, d_lse: None) -> tuple[Tensor | None, ...]:
     """Gradients of (q, k, v, offsets, launches, scale, backend)."""
+    if d_out is None:
+        return (None,) * 7
     options = (ctx.launches, ctx.scale, ctx.backend)
     return *_backward(d_out, *ctx.saved_tensors, *options), None, None, None, None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import native
+from dinov2_fast.ops import _attention_native
 from dinov2_fast.ops._attention_kernels import are_of_a_gpu
 from dinov2_fast.ops.attention import attention, attention_backward, attention_forward
 from dinov2_fast.packing import Pack
@@ -207,8 +208,8 @@ def test_the_extension_itself_says_what_came(direction: str):
         pytest.skip(native.why_not())
     rows, numbers = torch.zeros(2, 1, 3), torch.zeros(4096)
     offsets = torch.tensor([0, 2], dtype=torch.int32)
-    names = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
-    good = dict.fromkeys(names, (rows.data_ptr(), 3, 3)) | {"lse": numbers.data_ptr()}
+    count = 4 if direction == "forward" else 7
+    good = {"tensors": ((rows.data_ptr(), 3, 3),) * count, "lse": numbers.data_ptr()}
     good |= dict.fromkeys(("query_offsets", "key_offsets"), offsets.data_ptr())
     good |= {"scratch": numbers.data_ptr(), "floats_per_thread": 4096, "sequences": 1}
     good |= {"num_queries": 2, "heads": 1, "head_dim": 3, "scale": 1.0, "dtype": "float32"}
@@ -221,8 +222,35 @@ def test_the_extension_itself_says_what_came(direction: str):
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"key_offsets": 0}, "key_offsets must not be a null pointer"),
-        ({"scratch": 0}, "scratch must not be a null pointer"),
+        ({"tensors": ((0, 3, 3),) * 3}, f"expected {count} tensors, got 3"),
         ({"dtype": "int8"}, "q must be float32 or bfloat16, got int8"),
     ]:
         with pytest.raises(ValueError, match=f"attention_{direction}_cpu: {message}"):
             run(**(good | change))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_extension_says_what_scratch_it_needs_and_takes_the_stack_s(direction: str):
+    if native.why_not():
+        pytest.skip(native.why_not())
+    pack = Pack.from_lengths([9, 3])  # vectors of tokens and dot products, which divide it unlike
+    q, k, v = make_qkv(pack)
+    lse = attention_forward(q, k, v, pack, scale=SCALE, backend="native")[1]
+    run = getattr(native.module(), f"attention_{direction}_cpu")
+
+    def written(*scratch: int) -> tuple[int, list[torch.Tensor]]:
+        results = [torch.zeros(q.shape) for _ in range(3 if direction == "backward" else 1)]
+        tensors = (q, k, v, *([randn(*q.shape)] if direction == "backward" else []), *results)
+        offsets = (pack.offsets, pack.offsets)
+        arguments = _attention_native._arguments(tensors, lse, *offsets, SCALE)
+        return run(*arguments, *scratch), results
+
+    needed, untouched = written(q.data_ptr(), 0)
+    memory = torch.empty(needed * torch.get_num_threads())
+    assert not any(x.any() for x in untouched)
+    assert written(memory.data_ptr(), needed - 1)[0] == needed
+    done, given = written(memory.data_ptr(), needed)
+    on_stack, own = written()
+    assert (done, on_stack) == (0, 0)
+    assert all(x.any() for x in given)
+    assert all(map(torch.equal, given, own))

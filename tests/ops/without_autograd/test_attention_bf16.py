@@ -7,7 +7,6 @@ import torch
 
 from dinov2_fast import environment, native
 from dinov2_fast.ops import _attention_native
-from dinov2_fast.ops._native_cpu import run_cpu
 from dinov2_fast.ops.attention import attention_forward
 from dinov2_fast.packing import Pack
 from tests.inputs import GROUPS, make_qkv, randn
@@ -125,19 +124,16 @@ def test_stays_within_its_scratch(
     q, d_out = (randn(sum(queries), 1, 40, dtype=torch.bfloat16, seed=s) for s in (0, 1))
     k, v = (randn(sum(keys), 1, 40, dtype=torch.bfloat16, seed=s) for s in (2, 3))
     offsets = [Pack.from_lengths(lengths).offsets for lengths in (queries, keys)]
-    common = _attention_native._arguments(q, k, v, *offsets, SCALE, backward=backward)
-    lse = {} if backward else {"lse": torch.zeros(1, sum(queries))}
-    floats = common["floats_per_thread"]
+    lse = None if backward else torch.zeros(1, sum(queries))
+    tensors = (q, k, v, q.clone())
+    if backward:
+        tensors = (q, k, v, d_out, q.clone(), k.clone(), v.clone())
+    arguments = _attention_native._arguments(tensors, lse, *offsets, SCALE)
+    run = getattr(native.module(), f"attention_{'backward' if backward else 'forward'}_cpu")
+    floats = run(*arguments, torch.empty(1).data_ptr(), 0)  # too few: says how many it needs
     scratch = torch.full((floats + 65536,), 7.0)  # a block of queries too many ends in there
 
-    written = {"out": q.clone()}
-    if backward:
-        written = {"d_out": d_out, "d_q": q.clone(), "d_k": k.clone(), "d_v": v.clone()}
-    views = {name: _attention_native._view(tensor) for name, tensor in written.items()}
-    run_cpu(
-        f"attention_{'backward' if backward else 'forward'}_cpu",
-        **(common | views | lse | {"scratch": scratch}),
-    )
+    assert run(*arguments, scratch.data_ptr(), floats) == 0
     assert torch.equal(scratch[floats:], torch.full((65536,), 7.0))
 
 
