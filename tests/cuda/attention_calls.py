@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops import _attention_kernels, _attention_triton
 from dinov2_fast.ops.attention import attention_backward, attention_forward
 from dinov2_fast.packing import Pack
 from tests.cuda import native_on_ptx
+from tests.cuda.triton_memory import tile_of_a_gpu
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 
@@ -103,6 +106,21 @@ def execute(
     """What the CUDA kernels compute, and the results of their launches."""
     with native_on_ptx.native_on_ptx(**options) as results:
         return run(case, inputs, scale, deterministic=deterministic), results
+
+
+def execute_triton(case: Case, inputs: Outputs, scale: float = SCALE) -> tuple[Outputs, list[Any]]:
+    """As `execute`, of Triton's kernels with the tiles of a GPU."""
+    from tools.simt.triton_launch import triton_on_cpu
+
+    def as_asked(op: str, q: Tensor, backend: str, **_: Any) -> str:
+        return backend
+
+    with (
+        mock.patch.object(_attention_kernels, "choose_backend", as_asked),
+        mock.patch.object(_attention_triton, "_tile", tile_of_a_gpu),
+        triton_on_cpu(80) as results,
+    ):
+        return run(case, inputs, scale, "triton"), results
 
 
 def assert_matches_reference(case: Case, inputs: Outputs, out: Outputs, scale: float = SCALE):
