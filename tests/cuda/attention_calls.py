@@ -8,11 +8,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import _attention_kernels, _attention_triton
+from dinov2_fast.ops import _attention_kernels
 from dinov2_fast.ops.attention import attention_backward, attention_forward
 from dinov2_fast.packing import Pack
 from tests.cuda import native_on_ptx
-from tests.cuda.triton_memory import tile_of_a_gpu
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 
@@ -109,7 +108,7 @@ def execute(
 
 
 def execute_triton(case: Case, inputs: Outputs, scale: float = SCALE) -> tuple[Outputs, list[Any]]:
-    """As `execute`, of Triton's kernels with the tiles of a GPU."""
+    """As `execute`, of Triton's kernels."""
     from tools.simt.triton_launch import triton_on_cpu
 
     def as_asked(op: str, q: Tensor, backend: str, **_: Any) -> str:
@@ -117,7 +116,6 @@ def execute_triton(case: Case, inputs: Outputs, scale: float = SCALE) -> tuple[O
 
     with (
         mock.patch.object(_attention_kernels, "choose_backend", as_asked),
-        mock.patch.object(_attention_triton, "_tile", tile_of_a_gpu),
         triton_on_cpu(80) as results,
     ):
         return run(case, inputs, scale, "triton"), results
