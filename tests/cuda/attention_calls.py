@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops import _attention_kernels
 from dinov2_fast.ops.attention import attention_backward, attention_forward
 from dinov2_fast.packing import Pack
 from tests.cuda import native_on_ptx
@@ -103,6 +105,20 @@ def execute(
     """What the CUDA kernels compute, and the results of their launches."""
     with native_on_ptx.native_on_ptx(**options) as results:
         return run(case, inputs, scale, deterministic=deterministic), results
+
+
+def execute_triton(case: Case, inputs: Outputs, scale: float = SCALE) -> tuple[Outputs, list[Any]]:
+    """As `execute`, of Triton's kernels."""
+    from tools.simt.triton_launch import triton_on_cpu
+
+    def as_asked(op: str, q: Tensor, backend: str, **_: Any) -> str:
+        return backend
+
+    with (
+        mock.patch.object(_attention_kernels, "choose_backend", as_asked),
+        triton_on_cpu(80) as results,
+    ):
+        return run(case, inputs, scale, "triton"), results
 
 
 def assert_matches_reference(case: Case, inputs: Outputs, out: Outputs, scale: float = SCALE):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ from tools.kernel_report.row_cases import (
     run_stochastic_depth,
     run_swiglu,
 )
-from tools.triton_report.calls import CALLS, Make, gelu
+from tools.triton_report.calls import CALLS, Call, gelu
 
 ROW_STRIDES = range(2**30 + 64, 2**31, 64)  # elements: the third row is past 31 bits, the fifth 32
 ROWS = 5
@@ -129,9 +129,7 @@ def test_cuda_kernels_find_chunks_far_into_a_tensor(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "launch", [pytest.param(call, marks=[] if call is gelu else SLOW) for call in CALLS]
 )
-def test_triton_kernels_find_rows_that_are_far_apart(
-    launch: Callable[[Make], None], monkeypatch: pytest.MonkeyPatch
-):
+def test_triton_kernels_find_rows_that_are_far_apart(launch: Call, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
     if environment.triton_interpreted():
         pytest.skip("Triton interprets")

@@ -6,19 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dinov2_fast.ops import koleo as op
 from dinov2_fast.ops._native_cuda import run_cuda
 from tests.cuda import native_on_ptx
+from tests.cuda.koleo_calls import EPS, LARGE, SMALL, Outputs, reference
+from tests.cuda.koleo_calls import native as execute
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
 
-EPS = 1e-8
-# Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
-# last is empty.
-SMALL, LARGE = 19, 515
 SHAPES = [
     (SMALL, 384),  # ViT-S's width
     (SMALL, 77),  # no whole vectors, one channel at a time; past the 64 that are held at once
@@ -28,33 +24,8 @@ SHAPES = [
     pytest.param((64, 1024), marks=pytest.mark.slow),  # ViT-L's batch per GPU
     pytest.param((SMALL, 1536), marks=pytest.mark.slow),  # ViT-g's width
 ]
-Outputs = dict[str, Tensor]
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
-
-
-def execute(x: Tensor, *, num_splits: int = 3, **options: Any) -> tuple[Outputs, list[Any]]:
-    """What the kernels compute of strided rows, forward and backward, and the launches' results."""
-    rows, channels = x.shape
-    losses, norms, pulls = (torch.full((rows,), torch.nan) for _ in range(3))
-    normalised, dx = (torch.full((rows, channels), torch.nan) for _ in range(2))
-    nearest = torch.full((rows,), -1)
-    bests = torch.full((rows, num_splits), -1)
-    kept = {"normalised": normalised, "norms": norms, "nearest": nearest, "pulls": pulls}
-    kept |= {"rows": rows, "channels": channels, "eps": EPS}
-    sizes: Any = {"num_splits": num_splits, "x_row_stride": x.stride(0)}
-    with native_on_ptx.native_on_ptx(**options) as results:
-        run_cuda("koleo_forward_cuda", x=x, losses=losses, bests=bests, **kept, **sizes)
-        gradients = torch.full((rows,), 1 / rows)
-        run_cuda("koleo_backward_cuda", gradients=gradients, dx=dx, **kept)
-    return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
-
-
-def reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient."""
-    leaf = x.clone().requires_grad_()
-    loss = op.koleo_reference(leaf, eps=EPS)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def same(a: Outputs, b: Outputs) -> bool:
@@ -80,25 +51,6 @@ def test_kernels_match_the_reference(shape: tuple[int, int], arch: int):
         )
 
 
-@pytest.mark.parametrize("rows", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
-def test_the_lowest_of_equal_rows_is_found(rows: int):
-    # Five of each: they are in other lanes, warps, tiles and splits.
-    kinds = torch.arange(rows) % (rows // 5)
-    kinds = kinds[torch.randperm(rows)]
-    x = randn(rows // 5, 40)[kinds]
-    out, _ = execute(x)
-    equal = kinds[:, None] == kinds[None, :]
-    expected = equal.fill_diagonal_(False).int().argmax(dim=1)
-    assert torch.equal(out["nearest"], expected)
-    assert torch.equal(out["dx"], torch.zeros_like(x))
-
-
-def test_opposite_rows_prefer_each_other_to_what_fills_a_tile():
-    x = randn(1, 5)
-    out, _ = execute(torch.cat([x, -x]))  # their product is -1, that of rows of zeros 0
-    assert out["nearest"].tolist() == [1, 0]
-
-
 @pytest.mark.parametrize("channels", [80, pytest.param(77, marks=pytest.mark.slow)])
 def test_no_order_of_warps_and_no_number_of_splits_changes_a_bit(channels: int):
     x = randn(SMALL, channels)
@@ -119,65 +71,6 @@ def test_the_tile_of_a_batch_changes_no_nearest_row():
     near = many["nearest"][:SMALL]
     assert torch.equal(near, few["nearest"])
     assert torch.equal(many["losses"][:SMALL], few["losses"])
-
-
-def test_the_nearest_of_rows_that_all_point_apart_is_found():
-    # Corners of a simplex, moved a little: every product is negative, and the larger the nearer.
-    rows = SMALL
-    x = torch.eye(rows) - 1 / rows + randn(rows, rows, scale=0.005)
-    unit = torch.nn.functional.normalize(x.double())
-    products = unit @ unit.T
-    assert (products - 2 * torch.eye(rows)).max() < 0
-    out, _ = execute(x)
-    assert torch.equal(out["nearest"], products.fill_diagonal_(-torch.inf).argmax(dim=1))
-
-
-def test_a_product_that_underflows_from_below_ties_with_zero():
-    # Whole tiles of channels: what fills one would turn -0 into 0.
-    x = torch.zeros(3, 64)
-    x[:, :3] = torch.eye(3)
-    x[0, 63], x[1, 63] = 1e-25, -1e-25
-    assert (x[0, 63] * x[1, 63]).signbit()
-    out, _ = execute(x)
-    assert out["nearest"].tolist() == [1, 0, 0]
-
-
-def test_rows_no_longer_than_eps_match_the_reference():
-    x = randn(SMALL, 40)
-    x[4] = 0.0
-    x[9] *= 0.1 * EPS / x[9].norm()
-    out, _ = execute(x)
-    low, truth = reference(x), reference(x.double())
-    assert_within_error_budget(
-        out["losses"].double().mean().float(),
-        low_precision=low[0],
-        truth=truth[0],
-        name="koleo.loss",
-    )
-    # Gradients of short rows are 1/EPS times as large as those of the others.
-    for name, rows in (("short", [4, 9]), ("others", sorted({*range(SMALL)} - {4, 9}))):
-        assert_within_error_budget(
-            out["dx"][rows], low_precision=low[1][rows], truth=truth[1][rows], name=f"koleo.{name}"
-        )
-
-
-# What fills a tile is no number of the first row, which is the one that has none to take instead.
-@pytest.mark.parametrize(("row", "instead"), [(15, 0), (0, 1)])
-def test_nan_in_a_row_stays_in_its_loss(row: int, instead: int):
-    x = randn(SMALL, 40)
-    x[row] = x[3].neg()  # nobody's nearest, with or without NaN
-    clean, _ = execute(x)
-    x[row, 0] = torch.nan
-    dirty, _ = execute(x)
-    others = torch.arange(SMALL) != row
-    for name in ("losses", "dx", "normalised"):
-        assert dirty[name][row].isnan().all()
-    for name in ("losses", "nearest"):
-        assert torch.equal(dirty[name][others], clean[name][others])
-    # Without a nearest row it takes the first other one, which its pull then reaches.
-    assert dirty["nearest"][row] == instead
-    others[[instead, int(clean["nearest"][row])]] = False
-    assert torch.equal(dirty["dx"][others], clean["dx"][others])
 
 
 def test_warps_touch_whole_sectors_and_no_banks_conflict():

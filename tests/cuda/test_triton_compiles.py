@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from dinov2_fast import environment
 from tools.kernel_report.machine_code import of_cubin
 from tools.simt.triton_launch import Compiled
-from tools.triton_report.calls import CALLS, HEADS, Make, attention, attention_of, optimizer
+from tools.triton_report.calls import CALLS, HEADS, Call, attention, attention_of, optimizer
 
 pytest.importorskip("triton")
 if environment.triton_interpreted():
@@ -38,7 +37,7 @@ def assert_fits(launch: Compiled, threads: int) -> None:
 
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", [call for call in CALLS if call is not attention])
-def test_kernels_compile_without_spills(call: Callable[[Make], None], arch: int):
+def test_kernels_compile_without_spills(call: Call, arch: int):
     launches = compiled(call, arch)
     assert len(launches) == CALLS[call]
     for launch in launches:

@@ -14,13 +14,13 @@ from dinov2_fast.ops._optimizer_table import Table, table_of
 from tests.inputs import randn
 from tools.simt.faults import Checks
 from tools.simt.triton_launch import triton_on_cpu
-from tools.triton_report.calls import Make
+from tools.triton_report.calls import Call
 
 MOST = 2048  # columns: of 65536 prototypes the interpreter would take minutes
 
 
 def executed(
-    launch: Callable[[Make], None],
+    launch: Call,
     place: Callable[[Tensor, int], Tensor],
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -28,6 +28,8 @@ def executed(
     schedule: str | int = "lockstep",
 ) -> tuple[list[Tensor], int]:
     """The tensors of a call after its kernels ran as PTX of sm_80, and how many kernels did.
+
+    Those that the call made itself come last.
 
     Args:
         launch: of `tools.triton_report.calls`.
@@ -53,5 +55,5 @@ def executed(
     # Triton lets all warps store what they hold alike: in lockstep that is one store, else a race.
     checks = Checks(same_store=False, race=schedule == "lockstep")
     with triton_on_cpu(80, tables=tables, schedule=schedule, checks=checks) as results:
-        launch(make)
-    return made, len(results)
+        sums = launch(make)
+    return [*made, *(tensor for tensor in sums if tensor is not None)], len(results)

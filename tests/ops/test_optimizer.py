@@ -22,8 +22,8 @@ from dinov2_fast.ops.optimizer import (
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 
-# A matrix of ViT-S, primes, a scalar and an empty parameter.
-SHAPES = [(384, 1536), (13, 61), (), (0, 7)]
+# A matrix of ViT-S, primes, an empty parameter, which begins where the next one does, and a scalar.
+SHAPES = [(384, 1536), (13, 61), (0, 7), ()]
 
 NUMBERS = {
     "lr": 1e-2,
@@ -119,6 +119,20 @@ def test_matches_reference(dtype: torch.dtype, backend: str, device: str):
                 truth=truth[name][index],
                 name=f"optimizer.{name}[{index}]",
             )
+
+
+def test_eps_bounds_the_step_of_what_hardly_has_a_gradient(backend: str, device: str):
+    # As of prototypes that no image chose: the root of the second moment is of the size of eps.
+    lists = make_lists(device=device, shapes=[(13, 61)])
+    for name, size in (("gradients", 1e-8), ("exp_avgs", 1e-8), ("exp_avg_sqs", 1e-16)):
+        lists[name][0].mul_(size)
+        lists[name][0][:3] = 0.0
+    low_precision = reference_step(lists, **NUMBERS)
+    truth = reference_step(copied(lists, torch.float64), **NUMBERS)
+    adamw_ema_step(**lists, **NUMBERS, backend=backend)
+    for name, (tensor,) in lists.items():
+        one, exact = low_precision[name][0], truth[name][0]
+        assert_within_error_budget(tensor, low_precision=one, truth=exact, name=name)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import triton
 from tools.kernel_report.machine_code import of_cubin
 from tools.kernel_report.page import by_arch, mix, table
 from tools.simt.triton_launch import Compiled, triton_compiles
-from tools.triton_report.calls import CALLS, HEADS, Make, attention, attention_of
+from tools.triton_report.calls import CALLS, HEADS, Call, attention, attention_of
 
 ARCHS = (80, 90)
 INTRODUCTION = """# Triton kernels: registers, shared memory, machine code
@@ -31,7 +31,7 @@ compared with others on a GPU yet.
 """
 
 
-def calls() -> Iterator[tuple[str, Callable[[Make], None]]]:
+def calls() -> Iterator[tuple[str, Call]]:
     """Every call, with the stem whose kernels it launches."""
     for call in CALLS:
         if call is not attention:  # whose variants follow
@@ -40,7 +40,7 @@ def calls() -> Iterator[tuple[str, Callable[[Make], None]]]:
         yield f"attention, {str(dtype).removeprefix('torch.')}", attention_of(head_dim, dtype)
 
 
-def compiled(call: Callable[[Make], None], arch: int) -> list[Compiled]:
+def compiled(call: Call, arch: int) -> list[Compiled]:
     """The variants that a call launches, each once.
 
     Args:

@@ -1,0 +1,58 @@
+"""KoLeo's kernels, CUDA's and Triton's, executed as PTX forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_fast.ops import koleo as op
+from dinov2_fast.ops._native_cuda import run_cuda
+from tests.cuda import native_on_ptx
+
+EPS = 1e-8
+# Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
+# last is empty. Of Triton's 16 parts the large one fills the first eight, each with two tiles.
+SMALL, LARGE = 19, 515
+# By name: losses, nearest rows, gradient, normalised rows.
+Outputs = dict[str, Tensor]
+
+
+def native(x: Tensor, *, num_splits: int = 3, **options: Any) -> tuple[Outputs, list[Any]]:
+    """What CUDA's kernels compute of strided rows, forward and backward, and their launches."""
+    rows, channels = x.shape
+    losses, norms, pulls = (torch.full((rows,), torch.nan) for _ in range(3))
+    normalised, dx = (torch.full((rows, channels), torch.nan) for _ in range(2))
+    nearest = torch.full((rows,), -1)
+    bests = torch.full((rows, num_splits), -1)
+    kept = {"normalised": normalised, "norms": norms, "nearest": nearest, "pulls": pulls}
+    kept |= {"rows": rows, "channels": channels, "eps": EPS}
+    sizes: Any = {"num_splits": num_splits, "x_row_stride": x.stride(0)}
+    with native_on_ptx.native_on_ptx(**options) as results:
+        run_cuda("koleo_forward_cuda", x=x, losses=losses, bests=bests, **kept, **sizes)
+        gradients = torch.full((rows,), 1 / rows)
+        run_cuda("koleo_backward_cuda", gradients=gradients, dx=dx, **kept)
+    return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
+
+
+def triton(x: Tensor) -> tuple[Outputs, list[Any]]:
+    """As `native`, of Triton's kernels."""
+    from dinov2_fast.kernels import koleo as kernels
+    from tools.simt.triton_launch import triton_on_cpu
+
+    losses, norms, pulls = (torch.full((x.shape[0],), torch.nan) for _ in range(3))
+    normalised, dx = (torch.full(tuple(x.shape), torch.nan) for _ in range(2))
+    nearest = torch.full((x.shape[0],), -1)
+    with triton_on_cpu(80) as results:
+        kernels.forward(x, losses, normalised, norms, nearest, pulls, EPS)
+        gradients = torch.full((x.shape[0],), 1 / x.shape[0])
+        kernels.backward(gradients, normalised, norms, nearest, pulls, dx, EPS)
+    return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
+
+
+def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient."""
+    leaf = x.clone().requires_grad_()
+    loss = op.koleo_reference(leaf, eps=EPS)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
