@@ -153,8 +153,9 @@ def forward_kernel(
             inside = start + tl.arange(0, BLOCK_K) < num_keys
             scores = tl.where(inside[None, :], scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, 1))
-            p = tl.exp2(scores - higher[:, None])
-            rescale = tl.exp2(highest - higher)
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # no key of any weight so far
+            p = tl.exp2(scores - base[:, None])
+            rescale = tl.exp2(highest - base)
             total = total * rescale + tl.sum(p, 1)
             v = _load_tile(v_ptr, stride_vt, start, num_keys, BLOCK_K, D, WIDE, VECTORS)
             acc = acc * rescale[:, None]
@@ -304,9 +305,9 @@ def backward_keys_kernel(
             d_out = _load_tile(d_out_ptr, stride_gt, start, num_queries, BLOCK_Q, D, WIDE, VECTORS)
             lse = tl.load(lse_ptr + rows, mask=rows < num_queries, other=0.0) * LOG2_E
             delta = tl.load(delta_ptr + rows, mask=rows < num_queries, other=0.0)
-            # Transposed: keys are rows. Masked queries have p = 1 and meet the zeros of d_out.
+            # Transposed: keys are rows. A masked query times an infinite key is NaN.
             scores = _dot(k, tl.trans(q), zeros, PRECISION) * scale_log2
-            p = tl.exp2(scores - lse[None, :])
+            p = tl.where((rows < num_queries)[None, :], tl.exp2(scores - lse[None, :]), 0.0)
             d_v = _dot(p.to(d_out.dtype), d_out, d_v, PRECISION)
             d_p = _dot(v, tl.trans(d_out), zeros, PRECISION)
             d_scores = (p * (d_p - delta[None, :])).to(q.dtype)
@@ -368,7 +369,8 @@ def backward_short_kernel(
     v = _load_tile(v_ptr, stride_vt, 0, num_keys, BLOCK_K, D, WIDE, VECTORS)
     zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     scores = _dot(q, tl.trans(k), zeros, PRECISION) * scale_log2
-    inside = (tl.arange(0, BLOCK_K) < num_keys)[None, :]
+    # A masked query times an infinite key is NaN.
+    inside = (tl.arange(0, BLOCK_Q) < num_queries)[:, None] & (tl.arange(0, BLOCK_K) < num_keys)
     scores = tl.where(inside, scores, -1e30)  # finite: without any key, too, no NaN comes up
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
