@@ -210,9 +210,9 @@ def test_every_deleted_barrier_and_wait_is_reported(shape: tuple[int, int]):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 1}, r"rows must be in \[2, "),
+        ({"rows": 1}, "rows must be at least 2, got 1"),
         ({"channels": 0}, "channels must be at least 1"),
-        ({"num_splits": 0}, r"num_splits must be in \[1, 65535\]"),
+        ({"num_splits": 0}, "num_splits must be at least 1, got 0"),
         ({"bests": None}, "bests must not be a null pointer"),
         ({"x_row_stride": -1}, "x: expected a row stride of at least 0"),
     ],
