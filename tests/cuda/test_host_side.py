@@ -28,7 +28,7 @@ from tools.kernel_report.cases import as_it_is
 
 CUDA = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).parent / "fake_runtime"
-LAUNCHED = "launch (2 3 1) (32 1 1) {} bytes, argument 7, stream 0x5eed, device {}"
+LAUNCHED = "launch (2 1{1} 1) (32 1 1) {0} bytes, argument 7, stream 0x5eed, device {1}"
 FAILED = "example: as the test wants"
 
 needs_cuda = pytest.mark.skipif(not native.cuda_archs(), reason="no extension with CUDA")
@@ -58,6 +58,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (0, 49153, "allow", ["allow 49153 bytes", FAILED]),
         (1, 64, "get device", [FAILED]),
         (1, 64, "set device", ["set device 1", FAILED]),
+        (1, 64, "get attribute", ["set device 1", "set device 0", FAILED]),
         (1, 64, "launch", ["set device 1", LAUNCHED.format(64, 1), "set device 0", FAILED]),
         (1, 64, "last error", ["set device 1", LAUNCHED.format(64, 1), "set device 0", FAILED]),
         (1, 64, "refusal", ["set device 1", "set device 0", "example: refused"]),
