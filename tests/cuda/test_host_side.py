@@ -163,6 +163,13 @@ def test_only_a_gpu_without_code_is_refused_before_a_launch(
 
 
 @needs_cuda
+def test_an_op_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "cuda_on_cpu", True)
+    assert not native.why_not_for("gelu", "cuda")
+    assert native.why_not_for("example", "cuda") == "the extension has no cuda kernel for example"
+
+
+@needs_cuda
 def test_machine_code_and_code_for_later_gpus_are_in_the_extension():
     triton = pytest.importorskip("triton")
     file = Path(native.module().__file__)
