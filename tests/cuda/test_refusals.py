@@ -75,6 +75,11 @@ COUNTED = [
     ("attention_forward_cuda", "num_heads", 2**31 - 1, {"launches": (0, 1, 1, 1, 0)}),
     ("attention_backward_cuda", "num_heads", 2**31 - 1, {"launches": (0, 1, 1, 1, 0)}),
 ]
+# Sizes that may be 0: nothing is launched, or kernels that write what no numbers come to. A null
+# pointer for a list of rows says that all are meant.
+EMPTY = {"rows", "num_rows", "width", "hidden", "channels", "columns", "prototypes", "num_chunks"}
+EMPTY |= {"num_heads"}
+REFUSED_EMPTY = {f"layer_norm_{way}_cuda": {"channels"} for way in ("forward", "backward")}
 COUNTED_STEMS = ["koleo", "optimizer", "attention"]
 ROW_STEMS = [stem for stem in CASES if any(name.startswith(f"{stem}_") for name in WRITTEN)]
 Call = tuple[str, dict[str, Any], set[str]]
@@ -162,6 +167,13 @@ def test_no_grid_is_cut_short(calls: list[Call]):
                 changes["partials"] = 16
             grids = assert_is_the_most(name, good | changes, key, most)
             assert any(x == ALONG_X or y == ALONG_Y for x, y, _ in grids), (name, key)
+
+
+@pytest.mark.parametrize("calls", [stem for stem in CASES if stem != "koleo"], indirect=True)
+def test_no_grid_is_of_no_ctas(calls: list[Call]):
+    for name, good, _ in calls:
+        for key in EMPTY & good.keys() - REFUSED_EMPTY.get(name, set()):
+            assert all(all(grid) for grid in launches(name, **(good | {key: 0}))), (name, key)
 
 
 @pytest.mark.parametrize("calls", COUNTED_STEMS, indirect=True)
