@@ -8,27 +8,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import koleo as op
 from dinov2_fast.ops._native_cuda import run_cuda
 from tests.cuda import native_on_ptx
+from tests.cuda.koleo_calls import (
+    EPS,
+    Outputs,
+    among_nan,
+    assert_matches_reference,
+    reference,
+    same,
+)
 from tests.inputs import randn
 from tests.tolerance import assert_within_error_budget
 from tools.simt import Fault
 
-EPS = 1e-8
 # Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
 # last is empty.
 SMALL, LARGE = 19, 515
+PRIME = 67  # four tiles of the small one and three rows
 SHAPES = [
     (SMALL, 384),  # ViT-S's width
     (SMALL, 77),  # no whole vectors, one channel at a time; past the 64 that are held at once
     (LARGE, 36),  # a vector past the 32 channels that are held at once
     (2, 3),  # the fewest images
     pytest.param((LARGE, 33), marks=pytest.mark.slow),
+    pytest.param((PRIME, 768), marks=pytest.mark.slow),  # ViT-B's width
     pytest.param((64, 1024), marks=pytest.mark.slow),  # ViT-L's batch per GPU
     pytest.param((SMALL, 1536), marks=pytest.mark.slow),  # ViT-g's width
 ]
-Outputs = dict[str, Tensor]
 
 pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_ptx.why_not())
 
@@ -50,34 +57,13 @@ def execute(x: Tensor, *, num_splits: int = 3, **options: Any) -> tuple[Outputs,
     return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
 
 
-def reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient."""
-    leaf = x.clone().requires_grad_()
-    loss = op.koleo_reference(leaf, eps=EPS)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
-
-
-def same(a: Outputs, b: Outputs) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_match_the_reference(shape: tuple[int, int], arch: int):
-    rows, channels = shape
-    # Rows further apart than they are long, with NaN in between, which no kernel may read.
-    wide = torch.full((rows, channels + 4), torch.nan)
-    wide[:, :channels] = x = randn(rows, channels)
-    out, results = execute(wide[:, :channels], arch=arch)
+    x = randn(*shape)
+    out, results = execute(among_nan(x), arch=arch)
     assert len(results) == 4
-    low, truth = reference(x), reference(x.double())
-    for name, found, low_precision, exact in (
-        ("loss", out["losses"].double().mean().float(), low[0], truth[0]),
-        ("gradient", out["dx"], low[1], truth[1]),
-    ):
-        assert_within_error_budget(
-            found, low_precision=low_precision, truth=exact, name=f"koleo.{name}"
-        )
+    assert_matches_reference(x, out)
 
 
 @pytest.mark.parametrize("rows", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)])
@@ -99,9 +85,15 @@ def test_opposite_rows_prefer_each_other_to_what_fills_a_tile():
     assert out["nearest"].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("channels", [80, pytest.param(77, marks=pytest.mark.slow)])
-def test_no_order_of_warps_and_no_number_of_splits_changes_a_bit(channels: int):
-    x = randn(SMALL, channels)
+@pytest.mark.parametrize(
+    ("rows", "channels"),
+    [
+        (SMALL, 80),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [(SMALL, 77), (PRIME, 768)]),
+    ],
+)
+def test_no_order_of_warps_and_no_number_of_splits_changes_a_bit(rows: int, channels: int):
+    x = randn(rows, channels)
     expected, _ = execute(x)
     for options in ({"num_splits": 1, "schedule": 1}, {"num_splits": 16}):
         found, _ = execute(x, **options)
