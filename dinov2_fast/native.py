@@ -140,4 +140,4 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
         return (arch_major, arch_minor) == (major, minor)
     if form != "real" and (major, minor) >= (arch_major, arch_minor):
         return True  # PTX is compiled on for any later GPU
-    return form != "virtual" and major == arch_major and minor >= arch_minor
+    return major == arch_major and minor >= arch_minor

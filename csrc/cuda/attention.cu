@@ -6,6 +6,7 @@
 #include "cuda/attention_resident_forward.cuh"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/limits.cuh"
 #include "cuda/device/types.cuh"
 #include "keywords.hpp"
 
@@ -15,7 +16,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -24,7 +24,7 @@ namespace py = pybind11;
 namespace dinov2_fast {
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+constexpr int64_t kMaxLength = kMaxInt - 1024; // of a sequence; blocks and tiles round it up
 constexpr int kLongWarps = 4, kShortWarps = 2; // of a CTA; a tile of columns is as long as two
 
 // Neighbouring sequences that one launch computes.
@@ -51,9 +51,13 @@ std::vector<Run> runs_of(const char* op, const std::vector<int64_t>& numbers, in
     const Run run{static_cast<int>(numbers[i]), static_cast<int>(numbers[i + 1]),
                   static_cast<int>(numbers[i + 2]), static_cast<int>(numbers[i + 3]),
                   numbers[i + 4] != 0};
-    const int64_t blocks = std::max(run.max_queries, run.max_keys) / (kShortWarps * kWarpRows) + 1;
-    require(num_heads == 0 || blocks * run.num_sequences <= kMaxInt / num_heads, op,
-            "blocks of a launch must be fewer than 2^31");
+    const int64_t longest = std::max(run.max_queries, run.max_keys);
+    require_at_most(op, "launches: the longest sequence", longest, kMaxLength);
+    require_at_most(op, "launches: sequences up to the last of one", numbers[i] + numbers[i + 1],
+                    kMaxInt);
+    const int64_t blocks = (longest / (kShortWarps * kWarpRows) + 1) * run.num_sequences;
+    if (num_heads > 0)
+      require_at_most(op, "launches: blocks of a head in one", blocks, kMaxInt / num_heads);
     runs.push_back(run);
   }
   return runs;
@@ -168,9 +172,11 @@ Call call_of(const char* op, const py::kwargs& a) {
   Call call;
   Params& p = call.params;
   p.num_queries = keyword<int64_t>(a, "num_queries");
-  p.num_heads = keyword<int>(a, "num_heads");
+  const auto num_heads = keyword<int64_t>(a, "num_heads");
   require_not_negative(op, "num_queries", p.num_queries);
-  require_not_negative(op, "num_heads", p.num_heads);
+  require_not_negative(op, "num_heads", num_heads);
+  require_at_most(op, "num_heads", num_heads, kMaxInt);
+  p.num_heads = static_cast<int>(num_heads);
   call.runs = runs_of(op, keyword<std::vector<int64_t>>(a, "launches"), p.num_heads);
   const auto any = [&](int Run::* rows) {
     return std::any_of(call.runs.begin(), call.runs.end(), [&](const Run& run) {

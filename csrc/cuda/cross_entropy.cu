@@ -5,6 +5,7 @@
 // parts together. Backward: softmax and targets again, in place if the caller wants.
 #include "check.hpp"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/limits.cuh"
 #include "cuda/device/long_rows.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/run.cuh"
@@ -291,14 +292,15 @@ void cross_entropy_forward(const py::kwargs& a) {
       op, a, p.prototypes, {{p.student, p.student_row_stride}}, others_whole(p),
       [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
-        const dim3 grid(static_cast<unsigned>(p.rows), static_cast<unsigned>(p.num_splits));
+        const dim3 grid(ctas_of(op, "rows", p.rows, 1, kMaxAlongX),
+                        ctas_of(op, "num_splits", p.num_splits, 1, kMaxAlongY));
         const dim3 block = row_block(std::min(p.prototypes, p.split_columns), L::kVector);
         const cudaError_t status =
             launch<cross_entropy_forward_kernel<typename L::type, L::kVector>>(grid, block, 0,
                                                                                stream, p);
         if (p.num_splits == 1 || status != cudaSuccess)
           return status;
-        const dim3 finish_grid(static_cast<unsigned>((p.rows + kRowWarps - 1) / kRowWarps));
+        const dim3 finish_grid(ctas_of(op, "rows", p.rows, kRowWarps, kMaxAlongX));
         return launch<cross_entropy_finish_kernel>(finish_grid, dim3(kRowThreads), 0, stream, p);
       });
 }
@@ -325,7 +327,8 @@ void cross_entropy_backward(const py::kwargs& a) {
       others_whole(p), [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
         return launch<cross_entropy_backward_kernel<typename L::type, L::kVector>>(
-            dim3(static_cast<unsigned>(p.rows), static_cast<unsigned>(steps)),
+            dim3(ctas_of(op, "rows", p.rows, 1, kMaxAlongX),
+                 ctas_of(op, "prototypes", p.prototypes, kSplitStep, kMaxAlongY)),
             row_block(std::min(p.prototypes, p.split_columns), L::kVector), 0, stream, p);
       });
 }

@@ -89,7 +89,8 @@ void gelu_forward(const py::kwargs& a) {
   p.a_row_stride = keyword<int64_t>(a, "a_row_stride");
   require_matrix(op, "x", p.x, p.rows, p.width, p.x_row_stride, false);
   require_matrix(op, "a", p.a, p.rows, p.width, p.a_row_stride, true);
-  run_tiles(op, a, p.rows, p.width, nullptr, 0, {{p.x, p.x_row_stride}, {p.a, p.a_row_stride}},
+  run_tiles(op, a, p.rows, {"width", p.width}, nullptr, 0,
+            {{p.x, p.x_row_stride}, {p.a, p.a_row_stride}},
             [&](auto lane, dim3 grid, cudaStream_t stream) {
               using L = decltype(lane);
               return launch<gelu_forward_kernel<typename L::type, L::kVector>>(grid, tile_block(),
@@ -115,7 +116,7 @@ void gelu_backward(const py::kwargs& a) {
   require_matrix(op, "dx", p.dx, p.rows, p.width, p.dx_row_stride, true);
   if (p.a != nullptr)
     require_matrix(op, "activation", p.a, p.rows, p.width, p.a_row_stride, true);
-  run_tiles(op, a, p.rows, p.width, p.partials, keyword<int64_t>(a, "num_partials"),
+  run_tiles(op, a, p.rows, {"width", p.width}, p.partials, keyword<int64_t>(a, "num_partials"),
             {{p.da, p.da_row_stride},
              {p.x, p.x_row_stride},
              {p.dx, p.dx_row_stride},

@@ -5,6 +5,7 @@
 #include "check.hpp"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/limits.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vector.cuh"
 #include "keywords.hpp"
@@ -14,7 +15,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <string>
 
 namespace py = pybind11;
@@ -356,20 +356,28 @@ cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
 }
 
 void require_sizes(const char* op, int64_t rows, int64_t channels) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 64; // room to round up to tiles
-  require(rows >= 2 && rows <= kMost, op,
-          "rows must be in [2, " + std::to_string(kMost) + "], got " + std::to_string(rows));
+  require(rows >= 2, op, "rows must be at least 2, got " + std::to_string(rows));
+  require_at_most(op, "rows", rows, kMaxInt - 64); // room to round up to tiles
   require_positive(op, "channels", channels);
+}
+
+// The most channels whose steps a CTA counts in 32 bits: one a depth, for each tile of its keys.
+template <int kTile> int64_t max_channels(int64_t rows, int64_t num_splits) {
+  const int64_t num_tiles = (rows + kTile - 1) / kTile;
+  return kMaxInt / ((num_tiles + num_splits - 1) / num_splits) * Tile<kTile>::kDepth;
 }
 
 void koleo_forward(const py::kwargs& a) {
   constexpr const char* op = "koleo_forward_cuda";
   const auto rows = keyword<int64_t>(a, "rows");
   const auto channels = keyword<int64_t>(a, "channels");
-  const auto num_splits = keyword<int>(a, "num_splits");
+  const auto num_splits = keyword<int64_t>(a, "num_splits");
   require_sizes(op, rows, channels);
-  require(num_splits >= 1 && num_splits <= 65535, op,
-          "num_splits must be in [1, 65535], got " + std::to_string(num_splits));
+  require_positive(op, "num_splits", num_splits);
+  require_at_most(op, "num_splits", num_splits, kMaxAlongY);
+  require_at_most(op, "channels", channels,
+                  rows < kRowsOfLargeTile ? max_channels<16>(rows, num_splits)
+                                          : max_channels<64>(rows, num_splits));
   const ForwardParams p{pointer<const float>(a, "x"),
                         pointer<float>(a, "normalised"),
                         pointer<float>(a, "norms"),
@@ -380,7 +388,7 @@ void koleo_forward(const py::kwargs& a) {
                         keyword<int64_t>(a, "x_row_stride"),
                         channels,
                         static_cast<int>(rows),
-                        num_splits,
+                        static_cast<int>(num_splits),
                         keyword<float>(a, "eps")};
   const auto device = keyword<int>(a, "device");
   const auto stream = pointer<CUstream_st>(a, "stream");

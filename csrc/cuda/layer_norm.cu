@@ -1,6 +1,7 @@
 // Layer norm of gathered rows, and its gradient added to those rows in place.
 #include "check.hpp"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/limits.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/run.cuh"
 #include "cuda/device/types.cuh"
@@ -203,28 +204,27 @@ __global__ void __launch_bounds__(kBackwardThreads, ctas_at_half(kBackwardThread
 }
 
 template <typename X, typename Y, int kVector>
-cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
+cudaError_t launch_forward(const char* op, const ForwardParams& p, cudaStream_t stream) {
   const int64_t row_bytes = p.channels * sizeof(float);
   const int64_t rows = std::clamp<int64_t>(kSharedBytesWithoutOptIn / row_bytes, 1, kForwardRows);
   const dim3 block(kLanes, static_cast<unsigned>(rows));
-  const dim3 grid(static_cast<unsigned>((p.num_rows + rows - 1) / rows));
+  const dim3 grid(ctas_of(op, "num_rows", p.num_rows, rows, kMaxAlongX));
   return launch<layer_norm_forward_kernel<X, Y, kVector>>(grid, block, rows * row_bytes, stream, p);
 }
 
 template <typename X, typename Y, int kVector>
-cudaError_t launch_backward(const BackwardParams& p, int64_t num_partials, cudaStream_t stream) {
+cudaError_t launch_backward(const char* op, const BackwardParams& p, int64_t num_partials,
+                            cudaStream_t stream) {
   const int64_t lanes = (p.channels + kVector - 1) / kVector;
   const int64_t warps = std::min<int64_t>((lanes + kLanes - 1) / kLanes, kBackwardWarps);
   return launch<layer_norm_backward_kernel<X, Y, kVector>>(
-      dim3(static_cast<unsigned>(num_partials)), dim3(static_cast<unsigned>(warps * kLanes)),
-      4 * p.channels * sizeof(float), stream, p);
+      dim3(ctas_of(op, "num_partials", num_partials, 1, kMaxAlongX)),
+      dim3(static_cast<unsigned>(warps * kLanes)), 4 * p.channels * sizeof(float), stream, p);
 }
 
 void require_channels(const char* op, int64_t channels) {
   require_positive(op, "channels", channels);
-  require(channels <= kMaxChannels, op,
-          "channels must be at most " + std::to_string(kMaxChannels) + ", got " +
-              std::to_string(channels));
+  require_at_most(op, "channels", channels, kMaxChannels);
 }
 
 void layer_norm_forward(const py::kwargs& a) {
@@ -254,7 +254,7 @@ void layer_norm_forward(const py::kwargs& a) {
       op, a, "x_dtype", "y_dtype", p.channels, {{p.x, p.x_row_stride}}, {{p.y, p.y_row_stride}},
       {p.weight, p.bias}, [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
-        return launch_forward<typename L::X, typename L::Y, L::kVector>(p, stream);
+        return launch_forward<typename L::X, typename L::Y, L::kVector>(op, p, stream);
       });
 }
 
@@ -293,7 +293,7 @@ void layer_norm_backward(const py::kwargs& a) {
                         {p.weight, p.bias, p.partials}, [&](auto lane, cudaStream_t stream) {
                           using L = decltype(lane);
                           return launch_backward<typename L::X, typename L::Y, L::kVector>(
-                              p, num_partials, stream);
+                              op, p, num_partials, stream);
                         });
 }
 

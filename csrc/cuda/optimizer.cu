@@ -6,6 +6,7 @@
 #include "check.hpp"
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/limits.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vector.cuh"
 #include "keywords.hpp"
@@ -228,16 +229,19 @@ __global__ void __launch_bounds__(kTotalThreads) optimizer_total_kernel(const No
 // The keywords table, num_tensors, num_chunks and chunk of a function whose table has some lists.
 Table table_of(const char* op, const py::kwargs& a, int64_t num_lists) {
   const auto* numbers = pointer<const int64_t>(a, "table");
-  const auto num_tensors = keyword<int>(a, "num_tensors"), chunk = keyword<int>(a, "chunk");
-  const auto num_chunks = keyword<int64_t>(a, "num_chunks");
+  constexpr int64_t kMost = int64_t{1} << 30; // of numbers that kernels add two of
+  const auto num_tensors = keyword<int64_t>(a, "num_tensors");
+  const auto chunk = keyword<int64_t>(a, "chunk"), num_chunks = keyword<int64_t>(a, "num_chunks");
   require_positive(op, "num_tensors", num_tensors);
-  require(chunk > 0 && chunk % kVector == 0 && chunk <= 1 << 30, op,
+  require_at_most(op, "num_tensors", num_tensors, kMost);
+  require(chunk > 0 && chunk % kVector == 0 && chunk <= kMost, op,
           "chunk must be a multiple of 4 of at most 2^30, got " + std::to_string(chunk));
-  require(num_chunks >= 0 && num_chunks < INT32_MAX, op,
-          "num_chunks must be in [0, 2^31 - 1), got " + std::to_string(num_chunks));
+  require_not_negative(op, "num_chunks", num_chunks);
+  require_at_most(op, "num_chunks", num_chunks, kMaxAlongX);
   require_pointer(op, "table", numbers);
   const int64_t* sizes = numbers + num_lists * num_tensors;
-  return {numbers, sizes, sizes + num_tensors, num_tensors, chunk};
+  return {numbers, sizes, sizes + num_tensors, static_cast<int>(num_tensors),
+          static_cast<int>(chunk)};
 }
 
 void optimizer_table(const py::kwargs& a) {

@@ -7,6 +7,7 @@
 // part of their columns; a second pass puts the parts together.
 #include "check.hpp"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/limits.cuh"
 #include "cuda/device/long_rows.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/run.cuh"
@@ -265,13 +266,13 @@ void columns(const py::kwargs& a) {
   run_in_vectors<__half>(
       op, a, columns, {{p.logits, p.row_stride}}, true, [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
-        const dim3 grid = tile_grid(p.rows, (columns + L::kVector - 1) / L::kVector, num_partials);
+        const dim3 grid = tile_grid(op, p.rows, {"columns", columns}, L::kVector, num_partials);
+        const dim3 finish_grid = tile_grid(op, 1, {"columns", columns}, 1, 1);
         const cudaError_t status = launch<sinkhorn_columns_kernel<typename L::type, L::kVector>>(
             grid, tile_block(), 0, stream, p);
         if (num_partials == 1 || status != cudaSuccess)
           return status;
-        return launch<sinkhorn_columns_finish_kernel>(tile_grid(1, columns, 1), tile_block(), 0,
-                                                      stream, p);
+        return launch<sinkhorn_columns_finish_kernel>(finish_grid, tile_block(), 0, stream, p);
       });
 }
 
@@ -306,14 +307,14 @@ void rows(const py::kwargs& a) {
       op, a, columns, {{p.logits, p.row_stride}}, whole_vectors<float, 4>(p.log_u, 0),
       [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
-        const dim3 grid(static_cast<unsigned>((rows + kRowBatch - 1) / kRowBatch),
-                        static_cast<unsigned>(num_splits));
+        const dim3 grid(ctas_of(op, "rows", rows, kRowBatch, kMaxAlongX),
+                        ctas_of(op, "num_splits", num_splits, 1, kMaxAlongY));
         const dim3 block = row_block(std::min(columns, p.split_columns), L::kVector);
         const cudaError_t status =
             launch<sinkhorn_rows_kernel<typename L::type, L::kVector>>(grid, block, 0, stream, p);
         if (num_splits == 1 || status != cudaSuccess)
           return status;
-        const dim3 finish_grid(static_cast<unsigned>((rows + kRowWarps - 1) / kRowWarps));
+        const dim3 finish_grid(ctas_of(op, "rows", rows, kRowWarps, kMaxAlongX));
         return launch<sinkhorn_rows_finish_kernel>(finish_grid, dim3(kRowThreads), 0, stream, p);
       });
 }

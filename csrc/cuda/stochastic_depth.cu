@@ -123,7 +123,7 @@ void scatter(const py::kwargs& a) {
       op, a, "x_dtype", "residual_dtype", p.channels, {{p.x, p.x_row_stride}},
       {{p.residual, p.residual_row_stride}}, {p.gamma}, [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
-        const dim3 grid = tile_grid(p.num_rows, p.channels / L::kVector, 0);
+        const dim3 grid = tile_grid(op, p.num_rows, {"channels", p.channels}, L::kVector, 0);
         return launch<stochastic_depth_scatter_kernel<typename L::X, typename L::Y, L::kVector>>(
             grid, tile_block(), 0, stream, p);
       });
@@ -159,7 +159,8 @@ void gather(const py::kwargs& a) {
       {{p.residual, p.residual_row_stride}, {p.g, p.g_row_stride}}, {p.gamma},
       [&](auto lane, cudaStream_t stream) {
         using L = decltype(lane);
-        const dim3 grid = tile_grid(p.num_rows, p.channels / L::kVector, num_partials);
+        const dim3 grid =
+            tile_grid(op, p.num_rows, {"channels", p.channels}, L::kVector, num_partials);
         return launch<stochastic_depth_gather_kernel<typename L::X, typename L::Y, L::kVector>>(
             grid, tile_block(), 0, stream, p);
       });

@@ -102,7 +102,8 @@ void swiglu_forward(const py::kwargs& a) {
   p.h_row_stride = keyword<int64_t>(a, "h_row_stride");
   require_matrix(op, "x12", p.x12, p.rows, 2 * p.hidden, p.x12_row_stride, false);
   require_matrix(op, "h", p.h, p.rows, p.hidden, p.h_row_stride, true);
-  run_tiles(op, a, p.rows, p.hidden, nullptr, 0, {{p.x12, p.x12_row_stride}, {p.h, p.h_row_stride}},
+  run_tiles(op, a, p.rows, {"hidden", p.hidden}, nullptr, 0,
+            {{p.x12, p.x12_row_stride}, {p.h, p.h_row_stride}},
             [&](auto lane, dim3 grid, cudaStream_t stream) {
               using L = decltype(lane);
               return launch<swiglu_forward_kernel<typename L::type, L::kVector>>(grid, tile_block(),
@@ -129,7 +130,7 @@ void swiglu_backward(const py::kwargs& a) {
   if (p.h != nullptr)
     require_matrix(op, "h", p.h, p.rows, p.hidden, p.h_row_stride, true);
   // F itself is whole vectors, or x2 would start between two of them.
-  run_tiles(op, a, p.rows, p.hidden, p.partials, keyword<int64_t>(a, "num_partials"),
+  run_tiles(op, a, p.rows, {"hidden", p.hidden}, p.partials, keyword<int64_t>(a, "num_partials"),
             {{p.dh, p.dh_row_stride},
              {p.x12, p.x12_row_stride},
              {p.dx12, p.dx12_row_stride},

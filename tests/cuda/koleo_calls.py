@@ -10,6 +10,7 @@ from torch import Tensor
 from dinov2_fast.ops import koleo as op
 from dinov2_fast.ops._native_cuda import run_cuda
 from tests.cuda import native_on_ptx
+from tests.tolerance import assert_within_error_budget
 
 EPS = 1e-8
 # Batch sizes of each tile's kernel, neither of whole tiles; of three splits of the small one the
@@ -36,7 +37,7 @@ def native(x: Tensor, *, num_splits: int = 3, **options: Any) -> tuple[Outputs, 
     return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
 
 
-def triton(x: Tensor) -> tuple[Outputs, list[Any]]:
+def triton(x: Tensor, *, arch: int = 80, **options: Any) -> tuple[Outputs, list[Any]]:
     """As `native`, of Triton's kernels."""
     from dinov2_fast.kernels import koleo as kernels
     from tools.simt.triton_launch import triton_on_cpu
@@ -44,7 +45,7 @@ def triton(x: Tensor) -> tuple[Outputs, list[Any]]:
     losses, norms, pulls = (torch.full((x.shape[0],), torch.nan) for _ in range(3))
     normalised, dx = (torch.full(tuple(x.shape), torch.nan) for _ in range(2))
     nearest = torch.full((x.shape[0],), -1)
-    with triton_on_cpu(80) as results:
+    with triton_on_cpu(arch, **options) as results:
         kernels.forward(x, losses, normalised, norms, nearest, pulls, EPS)
         gradients = torch.full((x.shape[0],), 1 / x.shape[0])
         kernels.backward(gradients, normalised, norms, nearest, pulls, dx, EPS)
@@ -56,3 +57,19 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
     loss = op.koleo_reference(leaf, eps=EPS)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def assert_matches_reference(x: Tensor, out: Outputs) -> None:
+    """Errors of the losses' mean and of dx are within twice those of the reference in float32."""
+    low, truth = reference(x), reference(x.double())
+    for name, found, low_precision, exact in (
+        ("loss", out["losses"].double().mean().float(), low[0], truth[0]),
+        ("gradient", out["dx"], low[1], truth[1]),
+    ):
+        assert_within_error_budget(
+            found, low_precision=low_precision, truth=exact, name=f"koleo.{name}"
+        )
+
+
+def same(a: Outputs, b: Outputs) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)

@@ -28,7 +28,7 @@ from tools.kernel_report.cases import as_it_is
 
 CUDA = ROOT / "csrc" / "cuda"
 HERE = Path(__file__).parent / "fake_runtime"
-LAUNCHED = "launch (2 3 1) (32 1 1) {} bytes, argument 7, stream 0x5eed, device {}"
+LAUNCHED = "launch (2 1{1} 1) (32 1 1) {0} bytes, argument 7, stream 0x5eed, device {1}"
 FAILED = "example: as the test wants"
 
 needs_cuda = pytest.mark.skipif(not native.cuda_archs(), reason="no extension with CUDA")
@@ -58,6 +58,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (0, 49153, "allow", ["allow 49153 bytes", FAILED]),
         (1, 64, "get device", [FAILED]),
         (1, 64, "set device", ["set device 1", FAILED]),
+        (1, 64, "get attribute", ["set device 1", "set device 0", FAILED]),
         (1, 64, "launch", ["set device 1", LAUNCHED.format(64, 1), "set device 0", FAILED]),
         (1, 64, "last error", ["set device 1", LAUNCHED.format(64, 1), "set device 0", FAILED]),
         (1, 64, "refusal", ["set device 1", "set device 0", "example: refused"]),
@@ -159,6 +160,13 @@ def test_only_a_gpu_without_code_is_refused_before_a_launch(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     assert re.search(message, native.why_not_for("gelu", "cuda"))
+
+
+@needs_cuda
+def test_an_op_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "cuda_on_cpu", True)
+    assert not native.why_not_for("gelu", "cuda")
+    assert native.why_not_for("example", "cuda") == "the extension has no cuda kernel for example"
 
 
 @needs_cuda

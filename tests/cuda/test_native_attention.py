@@ -370,7 +370,9 @@ def test_traced_from_any_offset():
         ({"num_heads": -1}, "num_heads must not be negative, got -1"),
         ({"launches": (0, 1, 2)}, "launches must be five numbers each, got 3"),
         ({"launches": (0, 1, 2, -1, 0)}, r"launches must be counts below 2\^31, got -1"),
-        ({"launches": (0, 2**31 - 1, 265, 1, 0)}, "blocks of a launch must be fewer than 2"),
+        ({"launches": (0, 2**31 - 1, 265, 1, 0)}, "launches: blocks of a head in one must be"),
+        ({"launches": (0, 1, 2**31 - 1024, 1, 0)}, "launches: the longest sequence must be"),
+        ({"launches": (2**31 - 1, 1, 1, 1, 0)}, "launches: sequences up to the last of one"),
         ({"launches": (0, 1, 1, 265, 1)}, "d_q_sums must not be a null pointer"),
         ({"delta": 0}, "delta must not be a null pointer"),
         ({"dtype": "float32"}, "expected float16 or bfloat16, got float32"),
@@ -389,6 +391,8 @@ def test_the_extension_itself_says_what_came(changes: dict[str, Any], message: s
         assert len(module.take_launches_cuda()) == 2
         module.attention_backward_cuda(**(good | {"launches": (0, 1, 264, 1, 0), "delta": 0}))
         assert len(module.take_launches_cuda()) == 1
+        module.attention_backward_cuda(**(good | {"launches": (2**31 - 2, 1, 2**31 - 1025, 1, 0)}))
+        assert len(module.take_launches_cuda()) == 2
         with pytest.raises(ValueError, match=f"attention_backward_cuda: {message}"):
             module.attention_backward_cuda(**(good | changes))
         assert not module.take_launches_cuda()

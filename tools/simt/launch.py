@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,9 @@ from tools.simt.program import Inst, Kernel, Module, Variable
 from tools.simt.shared import BASE
 
 LANES_PER_BATCH = 1024  # more gains nothing: NumPy's calls are then long enough
+# What CUDA launches at most along x, y and z: CTAs of a grid, threads of a CTA.
+MOST = {"grid": (2**31 - 1, 65535, 65535), "block": (1024, 1024, 64)}
+MOST_THREADS = 1024  # of a CTA
 
 
 @dataclass
@@ -55,6 +59,15 @@ def three(size: int | Sequence[int]) -> tuple[int, int, int]:
     """A grid or block as x, y, z."""
     sizes = (size,) if isinstance(size, int) else tuple(size)
     return (*sizes, 1, 1)[:3]  # type: ignore[return-value]
+
+
+def check_sizes(grid: tuple[int, int, int], block: tuple[int, int, int]) -> None:
+    """Refuse what CUDA answers with an error, a grid of no CTAs too."""
+    for name, sizes in (("grid", grid), ("block", block)):
+        if any(not 1 <= size <= most for size, most in zip(sizes, MOST[name], strict=True)):
+            raise ValueError(f"launch: {name} must be from 1 to {MOST[name]}, got {sizes}")
+    if math.prod(block) > MOST_THREADS:
+        raise ValueError(f"launch: block must have at most {MOST_THREADS} threads, got {block}")
 
 
 def launch(
@@ -92,12 +105,14 @@ def launch(
         Counters. Arrays hold what the kernel wrote.
     Raises:
         Fault: the kernel did something wrong.
+        ValueError: CUDA launches no such grid or block.
     """
     module = parse(ptx)
     entry = module.kernel(kernel)
     device = device or Device()
     checks = checks or Checks()
     grid, block = three(grid), three(block)
+    check_sizes(grid, block)
     num_ctas = grid[0] * grid[1] * grid[2]
     symbols, total_shared = place_variables(module, entry, device, shared_bytes)
     pack_params(entry, args, device, symbols)

@@ -73,6 +73,9 @@ def triton_on_cpu(
         function: Any, compiled: Any, bound: Mapping[str, Any], kinds: Mapping[str, str], grid: Any
     ) -> None:
         del function
+        sizes = grid(bound) if callable(grid) else grid
+        if 0 in sizes:
+            return  # as Triton's own launcher
         device = Device()
         values = [
             _argument(bound[name], device, name, tables or {})
@@ -84,7 +87,7 @@ def triton_on_cpu(
             launch(
                 compiled.asm["ptx"],
                 meta.name,
-                grid(bound) if callable(grid) else grid,
+                sizes,
                 32 * meta.num_warps,
                 values,
                 meta.shared,

@@ -97,18 +97,20 @@ void run_stream_in_vectors(const char* op, const pybind11::kwargs& a, const char
 // launch(Lane, grid, stream) for tiles of a matrix of the keywords rows and, if sums over rows are
 // wanted, partials and num_partials.
 template <typename Launch>
-void run_tiles(const char* op, const pybind11::kwargs& a, int64_t rows, int64_t width,
+void run_tiles(const char* op, const pybind11::kwargs& a, int64_t rows, Width width,
                const float* partials, int64_t num_partials, std::initializer_list<Matrix> matrices,
                const Launch& launch) {
   require_not_negative(op, "rows", rows);
-  require_not_negative(op, "width", width);
-  if (rows == 0 || width == 0)
+  require_not_negative(op, width.name, width.elements);
+  if (rows == 0 || width.elements == 0)
     return; // a grid of no blocks is an error to CUDA
   require((partials != nullptr) == (num_partials > 0), op,
           "expected partials if and only if there are num_partials");
-  run_in_vectors<__half>(op, a, width, matrices, true, [&](auto lane, cudaStream_t stream) {
-    return launch(lane, tile_grid(rows, width / decltype(lane)::kVector, num_partials), stream);
-  });
+  run_in_vectors<__half>(
+      op, a, width.elements, matrices, true, [&](auto lane, cudaStream_t stream) {
+        constexpr int kVector = decltype(lane)::kVector;
+        return launch(lane, tile_grid(op, rows, width, kVector, num_partials), stream);
+      });
 }
 
 } // namespace dinov2_fast

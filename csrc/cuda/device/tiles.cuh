@@ -1,6 +1,8 @@
 // A matrix cut into tiles of 8 rows and 32 vectors, one a thread, and sums over its rows.
 #pragma once
 
+#include "cuda/device/limits.cuh"
+
 #include <algorithm>
 #include <cstdint>
 
@@ -13,13 +15,20 @@ constexpr int64_t kTileCtas = 2048; // enough for the largest GPUs; a thread the
 
 inline dim3 tile_block() { return dim3(kTileLanes, kTileRows); }
 
-// CTAs for a matrix of vectors; num_partials is how many along the rows, if sums are wanted. That
-// number comes from the caller and depends on the matrix alone, and so does the order of any sum.
-inline dim3 tile_grid(int64_t rows, int64_t vectors, int64_t num_partials) {
-  const int64_t across = (vectors + kTileLanes - 1) / kTileLanes;
+// The argument that says how wide a matrix is.
+struct Width {
+  const char* name;
+  int64_t elements;
+};
+
+// CTAs for a matrix that is moved in vectors; num_partials is how many along the rows, if sums are
+// wanted. That number comes from the caller and depends on the matrix alone, and so does the order
+// of any sum.
+inline dim3 tile_grid(const char* op, int64_t rows, Width width, int vector, int64_t num_partials) {
+  const unsigned across = ctas_of(op, width.name, width.elements, kTileLanes * vector, kMaxAlongX);
   const int64_t down = std::min((rows + kTileRows - 1) / kTileRows, kTileCtas / across + 1);
-  return dim3(static_cast<unsigned>(across),
-              static_cast<unsigned>(num_partials > 0 ? num_partials : down));
+  return dim3(across, num_partials > 0 ? ctas_of(op, "num_partials", num_partials, 1, kMaxAlongY)
+                                       : static_cast<unsigned>(down));
 }
 
 template <int kVector> __device__ int64_t tile_column() {

@@ -35,8 +35,8 @@ inline cudaError_t cudaSetDevice(int device) {
   return answer("set device");
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = 10 + device;
   return answer("get attribute");
 }
 

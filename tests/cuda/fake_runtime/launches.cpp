@@ -1,4 +1,5 @@
-// Launches a kernel as the bindings do, on a runtime that prints what it is told.
+// Launches a kernel as the bindings do, on a runtime that prints what it is told. Its grid is as
+// large as the device has multiprocessors.
 // Arguments: the device that is wanted, bytes of shared memory, and the call that fails.
 #include "cuda/device/guard.cuh"
 #include "cuda/device/launch.cuh"
@@ -20,7 +21,11 @@ int main(int, char** arguments) {
     run_on("example", device, [&] {
       if (failing == "refusal")
         throw std::invalid_argument("example: refused");
-      return launch<example_kernel>(dim3(2, 3), dim3(32), shared_bytes,
+      int count = 0;
+      const cudaError_t status = count_multiprocessors(count);
+      if (status != cudaSuccess)
+        return status;
+      return launch<example_kernel>(dim3(2, count), dim3(32), shared_bytes,
                                     reinterpret_cast<cudaStream_t>(0x5eed), Params{7});
     });
   } catch (const std::exception& error) {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tools import simt
@@ -36,6 +39,24 @@ def test_planted_faults_are_reported(planted: Planted, schedule: str | int):
         assert fault.line
         assert fault.source
         assert "by CTA (" in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "message"),
+    [
+        ((1, 0), 32, r"grid must be from 1 to \(2147483647, 65535, 65535\), got \(1, 0, 1\)"),
+        (2**31, 32, "grid must be from 1 to"),
+        ((1, 65536), 32, "grid must be from 1 to"),
+        (1, 0, r"block must be from 1 to \(1024, 1024, 64\), got \(0, 1, 1\)"),
+        (1, (1, 1, 65), "block must be from 1 to"),
+        (1, (64, 17), r"block must have at most 1024 threads, got \(64, 17, 1\)"),
+    ],
+)
+def test_what_cuda_does_not_launch_is_refused(grid: Any, block: Any, message: str):
+    ptx = simt.compile_cu(Path(__file__).parent / "programs" / "softmax.cu")
+    x = np.ones((1, 4), np.float32)
+    with pytest.raises(ValueError, match=f"launch: {message}"):
+        simt.launch(ptx, "softmax_kernel", grid, block, [x, simt.Output(x.copy()), 4])
 
 
 def test_a_report_names_the_place_the_lane_and_the_byte():
