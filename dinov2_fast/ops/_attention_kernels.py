@@ -16,6 +16,7 @@ from dinov2_fast.ops import _attention_cuda as cuda_kernels
 from dinov2_fast.ops import _attention_flash_attn as flash_attn_kernels
 from dinov2_fast.ops import _attention_native as native_kernels
 from dinov2_fast.ops import _attention_triton as triton_kernels
+from dinov2_fast.ops._checks import check_pack
 from dinov2_fast.ops._native_cpu import FLOATS, on_cuda
 from dinov2_fast.ops._native_cpu import refusals as native_refusals
 from dinov2_fast.packing import Pack
@@ -122,6 +123,23 @@ _has_flash_attn_3._dynamo_marked_constant = True  # pyright: ignore[reportFuncti
 def kernels_of(q: Tensor, backend: str) -> Any:
     """The kernels of a backend that compute on the device of q."""
     return KERNELS[backend, native.place_of(backend, q.device.type)]
+
+
+def query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) -> Pack:
+    """The layout of the queries, checked against that of the keys.
+
+    Raises:
+        ValueError: a layout of other tokens, or of another number of sequences.
+    """
+    queries = pack if q_pack is None else q_pack
+    check_pack(op, pack, k)
+    check_pack(op, queries, q)
+    if queries.num_sequences != pack.num_sequences:
+        raise ValueError(
+            f"{op}: q_pack must have the {pack.num_sequences} sequences of pack, "
+            f"got {queries.num_sequences}"
+        )
+    return queries
 
 
 def are_of_a_gpu(q: Tensor, backend: str) -> bool:

@@ -16,6 +16,7 @@ from dinov2_fast.ops._attention_kernels import (
     is_usual,
     kernels_of,
     launches,
+    query_pack,
 )
 from dinov2_fast.ops._checks import (
     accumulation_dtype,
@@ -156,7 +157,7 @@ def attention_forward(
         ValueError: the packs differ in their number of sequences, or do not fit the tensors.
         BackendUnavailable: the explicit backend cannot compute this call.
     """
-    queries = _query_pack("attention_forward", q, k, pack, q_pack)
+    queries = query_pack("attention_forward", q, k, pack, q_pack)
     chosen = choose(backend, queries, pack, scale=scale, q=q, k=k, v=v)
     offsets = (queries.offsets, pack.offsets)
     if chosen != "reference":
@@ -205,7 +206,7 @@ def attention_backward(
         ValueError: see `attention_forward`; or the backend reads lse, which is None.
         BackendUnavailable: the explicit backend cannot compute this call.
     """
-    queries = _query_pack("attention_backward", q, k, pack, q_pack)
+    queries = query_pack("attention_backward", q, k, pack, q_pack)
     gradients = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
     tensors = {"d_out": d_out, "q": q, "k": k, "v": v, **gradients}
     chosen = choose(backend, queries, pack, scale=scale, **tensors)
@@ -307,19 +308,6 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float | 
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     return scale
-
-
-def _query_pack(op: str, q: Tensor, k: Tensor, pack: Pack, q_pack: Pack | None) -> Pack:
-    """The layout of the queries, checked against that of the keys."""
-    queries = pack if q_pack is None else q_pack
-    check_pack(op, pack, k)
-    check_pack(op, queries, q)
-    if queries.num_sequences != pack.num_sequences:
-        raise ValueError(
-            f"{op}: q_pack must have the {pack.num_sequences} sequences of pack, "
-            f"got {queries.num_sequences}"
-        )
-    return queries
 
 
 def _forward_with(kernels: Any) -> Any:

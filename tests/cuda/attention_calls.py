@@ -24,7 +24,6 @@ Case = tuple[tuple[int, ...], tuple[int, ...], int]
 CROPS: Case = ((257, 50), (257, 50), 1)  # a 224 px and a 98 px crop at patch 14
 EDGES: Case = ((1, 2, 63, 64, 0, 65, 17), (1, 2, 63, 64, 0, 65, 17), 1)  # a tile, one more, primes
 UNEQUAL: Case = ((3, 0, 70, 1, 5), (131, 7, 64, 0, 1), 2)  # no queries, no keys, fewer, more
-LONG: Case = ((1370,), (1370,), 1)  # 518 px
 SHORT: Case = ((1, 2, 50, 63, 0, 64), (1, 2, 50, 63, 0, 64), 1)  # one launch, a block each
 LEFT: Case = ((264, 65, 261), (264, 65, 261), 1)  # 256 keys and 8 more; a warp's, one more; primes
 # The most of one, few or none of the other.

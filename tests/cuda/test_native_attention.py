@@ -23,7 +23,6 @@ from tests.cuda.attention_calls import (
     HEAD_DIM,
     LEFT,
     LEFT_UNEQUAL,
-    LONG,
     MANY,
     MIXED,
     PARTS,
@@ -59,8 +58,6 @@ pytestmark = pytest.mark.skipif(bool(native_on_ptx.why_not()), reason=native_on_
         *(
             pytest.param(case, dtype, arch, id=f"{name}-{arch}", marks=pytest.mark.slow)
             for name, case, dtype, arch in [
-                ("long", LONG, torch.bfloat16, 80),
-                ("long", LONG, torch.float16, 90),
                 ("crops", CROPS, torch.float16, 80),
                 ("short", SHORT, torch.float16, 90),
                 ("left", LEFT, torch.bfloat16, 80),
@@ -84,24 +81,18 @@ def test_matches_the_reference_in_any_order(case: Case, dtype: torch.dtype, arch
     inputs = make_inputs(case, dtype)
     out, _ = execute(case, inputs, arch=arch)
     assert_matches_reference(case, inputs, out)
-    if case is not LONG:  # one warp at a time, that takes minutes
-        shuffled, _ = execute(case, inputs, arch=arch, schedule=1)
-        assert equal(out, shuffled)
+    shuffled, _ = execute(case, inputs, arch=arch, schedule=1)
+    assert equal(out, shuffled)
 
 
 @pytest.mark.parametrize(
-    ("case", "arch", "schedule"),
-    [
-        pytest.param(PARTS, 80, 1, id="parts"),
-        pytest.param(PARTS, 90, "lockstep", id="parts-90", marks=pytest.mark.slow),
-        pytest.param(LONG, 80, "lockstep", id="long", marks=pytest.mark.slow),
-    ],
+    ("arch", "schedule"), [(80, 1), pytest.param(90, "lockstep", marks=pytest.mark.slow)]
 )
-def test_sums_in_any_order_match_the_reference(case: Case, arch: int, schedule: str | int):
-    inputs = make_inputs(case, torch.bfloat16)
-    out, results = execute(case, inputs, deterministic=False, arch=arch, schedule=schedule)
+def test_sums_in_any_order_match_the_reference(arch: int, schedule: str | int):
+    inputs = make_inputs(PARTS, torch.bfloat16)
+    out, results = execute(PARTS, inputs, deterministic=False, arch=arch, schedule=schedule)
     assert [adds(result) for result in results] == [False, True, False]
-    assert_matches_reference(case, inputs, out)
+    assert_matches_reference(PARTS, inputs, out)
 
 
 def test_deterministic_algorithms_are_asked_of_torch():
@@ -145,40 +136,6 @@ def test_nan_in_one_sequence_leaves_the_others_bit_equal(lengths: tuple[int, ...
         others[place] = False
         assert rows[place].isnan().any(-1).all()
         assert torch.equal(rows[others], expected[others])
-
-
-@pytest.mark.parametrize("lengths", [(33,), (265,)], ids=["one kernel", "two kernels"])
-def test_extreme_scores_meet_no_padding(lengths: tuple[int, ...]):
-    # lse far below 0, where exp2(0 - lse) of a column that is not there overflows; and an infinite
-    # key of weight 0, whose product with a query that is not there is NaN.
-    case = (lengths, (33,), 1)
-    inputs = make_inputs(case, torch.bfloat16)
-    q, k = inputs["q"], inputs["k"]
-    q[..., 0], k[..., 0] = 40, -40
-    q[..., 3], k[5, :, 3] = 1, -torch.inf
-    out, _ = execute(case, inputs)
-    assert out["lse"].max() < -100
-    assert out["d_v"].isfinite().all()
-    assert_matches_reference(case, inputs, out)
-
-
-# Scores of -inf at first: in the first tile of a sequence, in the keys that a kernel takes first,
-# and in all but a few.
-@pytest.mark.parametrize(
-    ("case", "masked"),
-    [
-        (((33,), (70,), 1), slice(0, 64)),
-        (BOTH_LEFT, slice(256, 258)),
-        (BOTH_LEFT, slice(0, 192)),
-        (BOTH_LEFT, slice(0, 253)),
-    ],
-)
-def test_keys_of_weight_zero_come_before_others(case: Case, masked: slice):
-    inputs = make_inputs(case, torch.bfloat16)
-    inputs["q"][..., 0], inputs["k"][masked, :, 0] = 1, -torch.inf
-    out, _ = execute(case, inputs)
-    assert out["out"].isfinite().all()
-    assert_matches_reference(case, inputs, out)
 
 
 def test_nothing_to_compute_is_no_launch():
