@@ -92,20 +92,20 @@ class Kernels:
         for name in dir(native.module()):
             if name.endswith("_cpu"):
                 monkeypatch.setattr(native.module(), name, self._counted(name))
-        run, view = _native_cpu.run_cpu, _attention_native._view
+        run, arguments_of = _native_cpu.run_cpu, _attention_native._arguments
 
         def measured_run(name: str, **arguments: Any) -> None:
             self.bytes += sum(x.nbytes for x in arguments.values() if isinstance(x, Tensor))
             run(name, **arguments)
 
-        def measured_view(tensor: Tensor) -> tuple[int, int, int]:
-            self.bytes += tensor.nbytes
-            return view(tensor)
+        def measured_arguments(tensors: tuple[Tensor, ...], *others: Any) -> tuple[Any, ...]:
+            self.bytes += sum(x.nbytes for x in (*tensors, *others) if isinstance(x, Tensor))
+            return arguments_of(tensors, *others)
 
         for name, module in list(sys.modules.items()):
             if name.startswith("dinov2_fast.ops.") and vars(module).get("run_cpu") is run:
                 monkeypatch.setattr(module, "run_cpu", measured_run)
-        monkeypatch.setattr(_attention_native, "_view", measured_view)
+        monkeypatch.setattr(_attention_native, "_arguments", measured_arguments)
 
     def _counted(self, name: str) -> Any:
         compute = getattr(native.module(), name)
@@ -134,13 +134,13 @@ def test_a_step_makes_no_more_calls_and_memory_than_before():
 
 
 # Two blocks of the student and two of the teacher with their last norms, one head each; gradients
-# of two sub-networks in eleven groups of parameters.
+# of two sub-networks in eleven groups of parameters. Attention is called again, with scratch, where a
+# thread's stack has too little of it.
 KERNELS = {
     "layer_norm_forward_cpu": 10,
     "layer_norm_backward_cpu": 5,
-    "attention_scratch_floats_cpu": 6,
-    "attention_forward_cpu": 4,
-    "attention_backward_cpu": 2,
+    "attention_forward_cpu": 6,
+    "attention_backward_cpu": 4,
     "stochastic_depth_forward_cpu": 8,
     "stochastic_depth_backward_cpu": 4,
     "gelu_forward_cpu": 4,

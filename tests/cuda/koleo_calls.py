@@ -52,6 +52,14 @@ def triton(x: Tensor, *, arch: int = 80, **options: Any) -> tuple[Outputs, list[
     return {"losses": losses, "nearest": nearest, "dx": dx, "normalised": normalised}, results
 
 
+def among_nan(x: Tensor) -> Tensor:
+    """A copy of rows further apart than they are long, with NaN in between."""
+    rows, channels = x.shape
+    wide = torch.full((rows, channels + 4), torch.nan)
+    wide[:, :channels] = x
+    return wide[:, :channels]
+
+
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and gradient."""
     leaf = x.clone().requires_grad_()
