@@ -14,6 +14,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 # Numbers that vary from pack to pack: no variant of a kernel is compiled for their divisibility.
 _VARYING = ["sequence_0", "num_blocks", "num_heads", "stride_lh", "stride_eh"]
@@ -143,7 +144,7 @@ def forward_kernel(
         k_ptr += k_begin * stride_kt + head * stride_kh
         v_ptr += k_begin * stride_vt + head * stride_vh
         q = _load_tile(q_ptr, stride_qt, first, num_queries, BLOCK_Q, D, WIDE, VECTORS)
-        highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        highest = tl.full([BLOCK_Q], LOWEST, tl.float32)  # finite: scores of -inf come to no NaN
         total = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, WIDE], tl.float32)
         zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
@@ -153,9 +154,8 @@ def forward_kernel(
             inside = start + tl.arange(0, BLOCK_K) < num_keys
             scores = tl.where(inside[None, :], scores, float("-inf"))
             higher = tl.maximum(highest, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # no key of any weight so far
-            p = tl.exp2(scores - base[:, None])
-            rescale = tl.exp2(highest - base)
+            p = tl.exp2(scores - higher[:, None])
+            rescale = tl.exp2(highest - higher)
             total = total * rescale + tl.sum(p, 1)
             v = _load_tile(v_ptr, stride_vt, start, num_keys, BLOCK_K, D, WIDE, VECTORS)
             acc = acc * rescale[:, None]

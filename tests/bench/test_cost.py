@@ -134,8 +134,8 @@ def test_a_step_makes_no_more_calls_and_memory_than_before():
 
 
 # Two blocks of the student and two of the teacher with their last norms, one head each; gradients
-# of two sub-networks in eleven groups of parameters. Attention is called again, with scratch, where a
-# thread's stack has too little of it.
+# of two sub-networks in eleven groups of parameters. Attention is called again, with scratch, where
+# a thread's stack has too little of it.
 KERNELS = {
     "layer_norm_forward_cpu": 10,
     "layer_norm_backward_cpu": 5,
