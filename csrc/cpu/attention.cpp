@@ -164,7 +164,9 @@ template <typename T, typename Isa> struct BackwardTask {
         prefetch_next<T>(p, next, begin + row, true);
         float* line = scores + row * s.key_columns;
         leave_out(line, s.keys, s.key_columns);
-        score_gradients<Isa::kLanes>(line, d_scores + row * s.key_columns, s.key_columns);
+        const float inverse =
+            score_gradients<Isa::kLanes>(line, d_scores + row * s.key_columns, s.key_columns);
+        scale_row(d_outputs + row * s.width, s.width, inverse);
       }
       multiply<Isa>({d_scores, s.key_columns, 1}, {keys, 0, s.width}, d_queries, s.width, rows,
                     s.width, s.keys, false);

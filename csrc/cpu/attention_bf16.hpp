@@ -292,7 +292,7 @@ struct Bf16Forward {
       float* d_line = parts.d_scores + row * s.key_columns;
       if (row < count) {
         scale_scores(line, keys, s.key_columns, scale);
-        score_gradients<kTile>(line, d_line, s.key_columns);
+        scale_row(line, s.key_columns, score_gradients<kTile>(line, d_line, s.key_columns));
         round_row(d_line, 1.0f, s.key_columns, s.key_depth, parts.d_score_rows + row * s.key_depth);
       } else {
         std::memset(line, 0, s.key_columns * sizeof(float));

@@ -118,7 +118,7 @@ template <typename T, int kLanes>
     unpack<T>(p.out, head, first_query + row, 1, p.head_dim, 1.0f, 1, width, d_output);
     dots<kLanes>(query, keys, num_keys, width, kNoScore, scores);
     dots<kLanes>(d_output, values, num_keys, width, 0.0f, d_scores);
-    score_gradients<kLanes>(scores, d_scores, columns);
+    scale_row(d_output, width, score_gradients<kLanes>(scores, d_scores, columns));
     weighted_sum<kLanes>(d_scores, keys, num_keys, width, d_query);
     pack<T>(d_query, width, p.d_q, head, first_query + row, 1, p.head_dim, p.scale);
     add_weighted<kLanes>(d_scores, query, num_keys, width, d_keys);

@@ -144,11 +144,19 @@ template <int kLanes>
   return sum;
 }
 
-// Scores of one query to weights, and d_weights to d_scores, in place. The scores of all keys are
-// here, so nothing of the forward pass is needed, and no logarithm rounds the weights.
+[[gnu::always_inline]] inline void scale_row(float* __restrict row, int64_t columns, float factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j)
+    row[j] *= factor;
+}
+
+// Scores of one query to exp(score - largest), and d_weights to d_scores, in place. Returns what
+// makes the former weights: multiplying the query's row of d_outputs by it takes less. The scores
+// of all keys are here, so nothing of the forward pass is needed, and no logarithm rounds the
+// weights.
 template <int kLanes>
-[[gnu::always_inline]] inline void score_gradients(float* __restrict scores,
-                                                   float* __restrict gradients, int64_t columns) {
+[[gnu::always_inline]] inline float score_gradients(float* __restrict scores,
+                                                    float* __restrict gradients, int64_t columns) {
   const float largest = largest_of<kLanes>(scores, columns);
   float sums[kLanes], products[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
@@ -169,11 +177,9 @@ template <int kLanes>
   }
   const float inverse = 1.0f / sum, mean = product * inverse;
 #pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const float weight = scores[j] * inverse;
-    scores[j] = weight;
-    gradients[j] = weight * (gradients[j] - mean);
-  }
+  for (int64_t j = 0; j < columns; ++j)
+    gradients[j] = scores[j] * inverse * (gradients[j] - mean);
+  return inverse;
 }
 
 } // namespace dinov2_fast
