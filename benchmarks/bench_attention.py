@@ -21,11 +21,12 @@ from benchmarks.shapes import HEAD_DIM, HEADS, cases
 from dinov2_fast.ops.attention import attention, attention_reference
 from dinov2_fast.packing import Pack
 
-# (sequences, heads, tokens, D) of about as many tokens as the crops of a step, besides HEADS; one
-# is small altogether. Operations grow with the length, what surrounds them with the number of
-# sequences and with D: every length has a row at the usual D, every other D a short, a middling and
-# a long one. The lengths: less than a vector, whole vectors, an odd number of rows, and crops of
-# 84, 140, 196 and 336 px.
+# (sequences, heads, tokens, D) of about as many tokens as the crops of a step, besides HEADS; some
+# are small altogether, down to a call that takes no longer than what surrounds its kernel.
+# Operations grow with the length, what surrounds them with the number of sequences and with D:
+# every length has a row at the usual D, every other D a short, a middling and a long one. The
+# lengths: less than a vector, whole vectors, an odd number of rows, and crops of 84, 140, 196 and
+# 336 px.
 SWEEP_TOKENS = 1200
 LENGTHS = {
     HEAD_DIM: (1, 2, 4, 8, 16, 25, 37, 101, 197, 577),
@@ -39,7 +40,7 @@ SWEEP = cases(
         for head_dim, lengths in LENGTHS.items()
         for length in lengths
     ]
-    + [(20, 6, 16, HEAD_DIM)]
+    + [(sequences, 6, 16, HEAD_DIM) for sequences in (1, 2, 5, 20)]
 )
 
 
