@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from dinov2_fast import accelerate
 from dinov2_fast.models import create_model
+from tests.drop_in.same_training import assert_close, original_and_fast
 from tests.drop_in.their_models import (
     ONE_OF_EACH,
     THIRD_PARTY,
@@ -21,19 +21,6 @@ from tests.drop_in.their_models import (
 from tests.inputs import randn
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("on_native", "at_any_size"), *THIRD_PARTY]
-
-
-def original_and_fast(kind: str) -> tuple[nn.Module, nn.Module]:
-    """Two equal models, the second one accelerated."""
-    model = make(kind)
-    fast = copy.deepcopy(model)
-    accelerate(fast)
-    return model, fast
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to rounding."""
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
@@ -53,7 +40,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(kind):
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_outputs_of_blocks_that_hooks_keep_stay_as_they_were(kind):
     features = []
-    for model in original_and_fast(kind):
+    for model in original_and_fast(make(kind)):
         seen = []
         for block in blocks_of(model):
             block.register_forward_hook(lambda module, inputs, out, seen=seen: seen.append(out))
@@ -67,7 +54,7 @@ def test_outputs_of_blocks_that_hooks_keep_stay_as_they_were(kind):
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_outputs_of_blocks_may_be_changed_in_place(kind):
     gradients = []
-    for model in original_and_fast(kind):
+    for model in original_and_fast(make(kind)):
         first, second = blocks_of(model)
         tokens = first(randn(3, 5, 128, seed=1))
         tokens += 1
@@ -83,7 +70,7 @@ def test_outputs_of_blocks_may_be_changed_in_place(kind):
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_other_parameters_by_functional_call(kind):
     outputs = []
-    for model in original_and_fast(kind):
+    for model in original_and_fast(make(kind)):
         others = {name: 1.1 * p.detach() for name, p in model.named_parameters()}
         for value in others.values():
             value.requires_grad_()
